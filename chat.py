@@ -1,0 +1,618 @@
+"""Talk to a fine-tuned model in the terminal.
+
+    python chat.py                                             # the model in Qwen_finetuning_model/
+    python chat.py --model outputs/demo/Qwen_finetuning_model --temperature 0
+
+Reads   --model: an adapter folder, a checkpoint, a merged folder, a hub id or a .gguf file
+Writes  the answers to stdout; with /save FILE the conversation, as a line that can be trained on:
+        {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]}
+
+In the conversation:  /compare  the base model's answer to the last question (the adapter is switched off for it)
+                      /reset  forget all   /system TEXT  another system message   /save FILE   /help   exit or quit
+Ctrl-C stops an answer, Ctrl-D leaves. It keeps no conversation on disk unless told to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args, get_type_hints
+
+if TYPE_CHECKING:  # for annotations only: importing transformers takes seconds, and --help should not
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# One fixed conversation; its token ids are part of the fingerprint that training and inference compare.
+PROBE = [
+    {"role": "user", "content": "你好, 1+1=?"},
+    {"role": "assistant", "content": "2。"},
+    {"role": "user", "content": "Thanks"},
+    {"role": "assistant", "content": "Bye"},
+]
+HELP = "/compare  /reset  /system TEXT  /save FILE  /help  exit, quit or Ctrl-D to leave; Ctrl-C stops an answer"
+
+# ----------------------------------------------------------------------------------------- settings
+
+
+def setting(default, help: str, **extra):
+    """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass
+class Config:
+    model: str = setting("Qwen_finetuning_model", "adapter or model folder, checkpoint, hub id or .gguf file")
+    system_prompt: str | None = setting(None, "system message; None takes the one of the training, '' none")
+    max_new_tokens: int = setting(512, "longest answer in tokens")
+    temperature: float = setting(0.8, "0 always takes the likeliest token; higher is freer")
+    top_p: float = setting(0.9, "sample from the likeliest tokens that make up this share")
+    repetition_penalty: float = setting(1.3, "above 1: tokens of the answer so far become less likely")
+    no_repeat_ngram_size: int = setting(3, "no run of this many tokens comes twice in an answer; 0 for no limit")
+    seed: int = setting(3407, "the same seed and the same words give the same answers")
+    load_in_4bit: bool | None = setting(None, "4-bit base weights; None does as the training did")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model")
+
+
+def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
+    """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
+
+    A field's metadata may hold `flag` (another name on the command line) and `choices`. A tuple takes several values.
+    """
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    kinds = get_type_hints(config_class)
+    for f in fields(config_class):
+        kind, default = kinds[f.name], f.default
+        kind = (get_args(kind) or (kind,))[0]  # Path | None and tuple[str, ...] hold their type first
+        shown = " ".join(default) if isinstance(default, tuple) else default
+        # argparse formats help with %, so a bare one in a text would crash --help
+        options = {"default": default, "help": f"{f.metadata['help']} (default: {shown})".replace("%", "%%")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
+        else:
+            # never type=bool: bool("False") is True
+            options |= {"type": kind, "choices": f.metadata.get("choices")}
+            options |= {"metavar": None if options["choices"] else "VALUE"}
+            if isinstance(default, tuple):
+                options["nargs"] = "+"
+        parser.add_argument("--" + f.metadata.get("flag", f.name), dest=f.name, **options)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Settings from the command line. Exits with 2 for what can not be."""
+    parser = settings_parser(Config, __doc__)
+    config = Config(**vars(parser.parse_args(argv)))
+    if faults := decoding_faults(config):
+        parser.error("\n".join(faults))
+    return config
+
+
+def decoding_faults(config: Config) -> list[str]:
+    """What can not be right in the decoding settings, one line each."""
+    limits = {
+        "max_new_tokens": (1, math.inf),
+        "temperature": (0, math.inf),
+        "top_p": (1e-9, 1),
+        "repetition_penalty": (1e-9, math.inf),
+        "no_repeat_ngram_size": (0, math.inf),
+    }
+    return [
+        f"--{name} is {getattr(config, name)}; it must be from {low:g} to {high:g}"
+        for name, (low, high) in limits.items()
+        if not low <= getattr(config, name) <= high
+    ]
+
+
+class UserError(Exception):
+    """A person's mistake: shown as it is, without a traceback."""
+
+
+# ------------------------------------------------------------------------------------------ the prompt
+
+
+@lru_cache(maxsize=1)
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], re.Pattern]:
+    """The tokenizer's control tokens with their ids, and a pattern that finds them as the tokenizer itself does."""
+    tokens = [(token, id) for id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    tokens.sort(key=lambda pair: -len(pair[0].content))  # the longest first, where one begins like another
+    # some swallow the white space beside them
+    patterns = [
+        (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+        for token, _ in tokens
+    ]
+    return {token.content: id for token, id in tokens}, re.compile("|".join(patterns) or r"(?!)")
+
+
+def unused_characters(messages: list[dict[str, str]]) -> tuple[str, str]:
+    """Two characters of Unicode's private area that stand in none of the messages, to mark places in their text."""
+    text = "".join(message["content"] for message in messages)
+    first, second, *_ = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+    return first, second
+
+
+def shield(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> str:
+    """`text` with `mark` after the first character of each control token that a person typed in it."""
+    return control_tokens(tokenizer)[1].sub(lambda found: re.sub(r"(\S)", rf"\1{mark}", found[0], count=1), text)
+
+
+def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, mark: str, **options) -> str:
+    """What the chat template makes of the messages. Control tokens typed in them are broken by `mark`.
+
+    Raises ValueError with the template's own words where it refuses the messages.
+    """
+    from jinja2 import TemplateError
+
+    shielded = [message | {"content": shield(message["content"], tokenizer, mark)} for message in messages]
+    try:
+        return tokenizer.apply_chat_template(shielded, tokenize=False, **options)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the conversation: {error}") from None
+
+
+def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> list[int]:
+    """Token ids of rendered text: the template's control tokens as such, those a person typed as plain characters."""
+    ids, (known, pattern) = [], control_tokens(tokenizer)
+    position = 0
+    for found in [*pattern.finditer(text), None]:
+        piece = text[position : found.start() if found else len(text)].replace(mark, "")
+        if piece:
+            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
+        if found:
+            ids.append(known[found[0].strip()])
+            position = found.end()
+    return ids
+
+
+def encode_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a conversation that waits for the assistant's answer. Raises ValueError as `render` does."""
+    mark, _ = unused_characters(messages)
+    return tokenize_rendered(render(messages, tokenizer, mark, add_generation_prompt=True), tokenizer, mark)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What tells two chat formats apart: the template's SHA-256 and the token ids of one fixed conversation."""
+    template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+    probe_ids = tokenizer.apply_chat_template(PROBE, tokenize=True, return_dict=False)
+    return {"sha256": hashlib.sha256(template.encode()).hexdigest(), "probe_ids": list(probe_ids)}
+
+
+def printable(text: str) -> str:
+    """`text` without the control characters that could steer a terminal; line breaks and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+# ------------------------------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a model runs and how. `device_map` is for `from_pretrained`; `note` is said to the person."""
+
+    kind: str
+    dtype: str
+    four_bit: bool
+    attention: str
+    device_map: dict
+    note: str = ""
+
+
+def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype: str = "auto", rank: int = 0) -> Device:
+    """Decide type, quantisation and attention from what a machine can do.
+
+    >>> device_policy("cuda", bfloat16=True, flash=False, four_bit=True).dtype
+    'bfloat16'
+    """
+    if dtype == "auto":
+        dtype = "bfloat16" if bfloat16 else "float32" if kind == "cpu" else "float16"
+    note = (
+        "; bitsandbytes has no 4-bit layers for this device, so this is plain LoRA"
+        if kind == "mps" and four_bit
+        else ""
+    )
+    return Device(
+        kind=kind,
+        dtype=dtype,
+        four_bit=four_bit and kind != "mps",
+        attention="flash_attention_2" if kind == "cuda" and flash and dtype != "float32" else "sdpa",
+        device_map={"": rank if kind == "cuda" else kind},
+        note=note,
+    )
+
+
+def find_device(four_bit: bool, dtype: str = "auto") -> Device:
+    """`device_policy` with the facts of this machine. Each process of a distributed run takes its own GPU."""
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return device_policy("cuda", bfloat16, is_flash_attn_2_available(), four_bit, dtype, rank)
+    if torch.backends.mps.is_available():
+        return device_policy("mps", torch.backends.mps.is_macos_or_newer(14, 0), False, four_bit, dtype)
+    features = torch.cpu.get_capabilities()
+    return device_policy("cpu", features.get("avx512_bf16") or features.get("amx_bf16"), False, four_bit, dtype)
+
+
+@contextmanager
+def explaining(what: str, name: str) -> Iterator[None]:
+    """Turn a failed download or a broken folder into one line that says what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        mend = (
+            ""
+            if Path(name).exists()
+            else (
+                ". On the hub: check the name and the network (HF_ENDPOINT sets a mirror); for a gated model log in "
+                "with 'hf auth login'; without the hub, pass a local folder"
+            )
+        )
+        raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
+
+
+def model_faults(name: str) -> list[str]:
+    """What keeps `name` from being a model to load, one line each, seen from its files alone."""
+    path = Path(name)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return []
+        return [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
+    if not path.is_dir():
+        looks_local = name.count("/") != 1 or name.startswith((".", "/"))
+        return [f"{name}: no such folder. Train one with qwen_finetuning.py, or pass --model"] if looks_local else []
+    if not any(path.glob("*.safetensors")):
+        return [f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"]
+    settings = path / "adapter_config.json"
+    if not settings.is_file():
+        return (
+            [] if (path / "config.json").is_file() else [f"{name}: neither adapter_config.json nor config.json in it"]
+        )
+    try:
+        base = (
+            read_run(path).get("base_model")
+            or json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        )
+    except (UserError, OSError, ValueError, KeyError) as error:
+        return [f"{settings}: can not be read: {error}"]
+    faults = [] if Path(base).exists() else model_faults(base)
+    return [f"{name} is an adapter whose base model is missing: {fault}" for fault in faults]
+
+
+def read_run(folder: Path) -> dict:
+    """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none."""
+    path = folder / "finetune_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(run, dict)
+        return run
+    except (ValueError, AssertionError) as error:
+        raise UserError(
+            f"{path}: not the record of a run ({error}); take it from the training's output again"
+        ) from None
+
+
+def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: bool):
+    """A model to talk to, its tokenizer, and the record of the run that made it ({} where there is none).
+
+    `name` is an adapter or model folder, a checkpoint, a hub id or a .gguf file. An adapter comes back on its base
+    model, in 4 bits where it was trained so. Raises UserError, before any weights are read, where the tokenizer does
+    not write conversations as the training did.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+
+    folder, run = Path(name), read_run(Path(name))
+    adapter = (folder / "adapter_config.json").is_file()
+    base, revision = name, None
+    if adapter:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base, revision = run.get("base_model", settings["base_model_name_or_path"]), run.get("base_revision")
+    if load_in_4bit is None:
+        load_in_4bit = adapter and bool(run.get("settings", {}).get("load_in_4bit"))
+    source = {"pretrained_model_name_or_path": base, "revision": revision or "main"}
+    if folder.suffix == ".gguf":
+        source = {"pretrained_model_name_or_path": str(folder.parent), "gguf_file": folder.name}
+    source["trust_remote_code"] = trust_remote_code
+
+    places = [folder, Path(run.get("settings", {}).get("tokenizer_dir", "Qwen_finetuning_tokenizer"))]
+    beside = [place for place in places if (place / "tokenizer_config.json").is_file()] if folder.is_dir() else []
+    with explaining("tokenizer", str(beside[0]) if beside else base):
+        tokenizer = AutoTokenizer.from_pretrained(beside[0]) if beside else AutoTokenizer.from_pretrained(**source)
+    if not tokenizer.chat_template:
+        raise UserError(f"{name}: its tokenizer has no chat template; take the model's chat (Instruct) form")
+    trained = run.get("chat_template", {})
+    if trained and fingerprint(tokenizer) != {key: trained.get(key) for key in ("sha256", "probe_ids")}:
+        raise UserError(
+            f"{name}: the tokenizer in {beside[0] if beside else base} does not write conversations as the training "
+            "did (its fingerprint differs from finetune_config.json); put the training's own tokenizer beside the model"
+        )
+
+    device = find_device(load_in_4bit, run.get("settings", {}).get("dtype", "auto"))
+    dtype, quantization = getattr(torch, device.dtype), None
+    if device.four_bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    elif "gguf_file" in source:
+        quantization = GgufConfig(dequantize=True)
+    with explaining("model", base):
+        model = AutoModelForCausalLM.from_pretrained(
+            **source,
+            dtype=dtype,
+            quantization_config=quantization,
+            attn_implementation=device.attention,
+            device_map=device.device_map,
+            use_safetensors=True,
+        )
+    if adapter:
+        from peft import PeftModel
+
+        with explaining("adapter", name):
+            model = PeftModel.from_pretrained(model, name)
+    model.eval()
+    stop = model.generation_config.eos_token_id
+    stop = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id, *trained.get("end_of_turn_ids", [])}
+    model.generation_config.eos_token_id = sorted(stop - {None})
+    model.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    return model, tokenizer, run
+
+
+def is_main_process() -> bool:
+    """Whether this process may speak and write; torchrun and accelerate set RANK."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def quiet_libraries() -> None:
+    """Their warnings would stand between a person and the lines that matter; errors still show."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty() or not is_main_process():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar belongs on a terminal, not in a log file
+    for name in ("transformers", "trl", "accelerate", "bitsandbytes", "peft", "torch", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)")
+
+
+# ------------------------------------------------------------------------------------ the conversation
+
+
+def generation_options(config: Config, prompt_length: int) -> dict:
+    """The decoding settings for `generate`. The penalties count what the model writes, not the words of the prompt."""
+    from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+    class OnNewTokens(LogitsProcessor):
+        def __init__(self, processor: LogitsProcessor):
+            self.processor = processor
+
+        def __call__(self, input_ids, scores):
+            return self.processor(input_ids[:, prompt_length:], scores)
+
+    processors = []
+    if config.repetition_penalty != 1:
+        processors.append(OnNewTokens(RepetitionPenaltyLogitsProcessor(config.repetition_penalty)))
+    if config.no_repeat_ngram_size:
+        processors.append(OnNewTokens(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)))
+    sampling = {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
+    # the model's own generation_config may hold a top_k or penalties; what a person did not ask for is switched off
+    return {
+        "max_new_tokens": config.max_new_tokens,
+        "do_sample": config.temperature > 0,
+        "top_k": 0 if sampling else None,
+        "repetition_penalty": 1.0,
+        "logits_processor": processors,
+        **(sampling or {"temperature": None, "top_p": None}),
+    }
+
+
+def safe_streamer(tokenizer: PreTrainedTokenizerBase):
+    """A TextStreamer that writes the answer to stdout as it comes, and keeps it in `.text`.
+
+    Control characters that could steer the terminal are replaced.
+    """
+    from transformers import TextStreamer
+
+    class SafeStreamer(TextStreamer):
+        text = ""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.text += text
+            super().on_finalized_text(printable(text), stream_end)
+
+    return SafeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+class Conversation:
+    """The messages so far and the key-value cache of what the model has already read of them."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, system: str):
+        self.model, self.tokenizer, self.config, self.system = model, tokenizer, config, system
+        self.room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - config.max_new_tokens
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self.turns: list[dict[str, str]] = []
+        self.cache, self.read = None, []
+
+    def messages(self) -> list[dict[str, str]]:
+        """System message and turns, as a record holds them."""
+        return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
+
+    def prompt(self) -> list[int]:
+        """Token ids of the conversation; where it outgrows the context, the oldest turns go. Raises UserError."""
+        dropped = 0
+        while True:
+            try:
+                ids = encode_prompt(self.messages(), self.tokenizer)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            if len(ids) <= self.room:
+                break
+            if len(self.turns) < 3:
+                raise UserError(f"{len(ids)} tokens are too long for this model: {self.room} fit before the answer")
+            del self.turns[:2]
+            dropped += 2
+        if dropped:
+            print(
+                f"[the conversation outgrew the context: its {dropped} oldest messages are forgotten]", file=sys.stderr
+            )
+        return ids
+
+    def ask(self, question: str) -> None:
+        """Answer, streamed; question and answer join the conversation. Ctrl-C keeps what has come of the answer."""
+        self.turns.append({"role": "user", "content": question})
+        try:
+            ids = self.prompt()
+        except UserError:
+            self.turns.pop()
+            raise
+        answer = self.generate(ids, reuse=True)
+        if answer.strip():
+            self.turns.append({"role": "assistant", "content": answer})
+        else:
+            self.turns.pop()
+
+    def compare(self) -> None:
+        """The base model's answer to the last question, streamed; it does not join the conversation."""
+        if not hasattr(self.model, "disable_adapter"):
+            raise UserError("this model has no adapter to switch off; /compare works on an adapter folder")
+        if not self.turns:
+            raise UserError("ask something first")
+        last = self.turns.pop()
+        try:
+            with self.model.disable_adapter():
+                self.generate(self.prompt(), reuse=False)
+        finally:
+            self.turns.append(last)
+
+    def generate(self, ids: list[int], reuse: bool) -> str:
+        """Stream the answer to a prompt, given as token ids; returns its text.
+
+        With `reuse`, what the cache holds of the prompt is not read again.
+        """
+        import torch
+        from transformers import DynamicCache
+
+        cache = None
+        if reuse:
+            same = next((i for i, (a, b) in enumerate(zip(self.read, ids, strict=False)) if a != b), len(self.read))
+            same = min(same, len(ids) - 1)  # the last token is read again: its logits begin the answer
+            cache, surplus = self.cache, len(self.read) - same
+            self.cache, self.read = None, []  # after an interruption nobody knows how much a cache holds
+            try:
+                if cache is not None:
+                    cache.crop(-surplus)
+            except RuntimeError:  # layers with a sliding window may not go back
+                cache = None
+            if cache is None:
+                cache = DynamicCache(config=self.model.config)
+        streamer = safe_streamer(self.tokenizer)
+        input_ids = torch.tensor([ids], device=self.model.device)
+        try:
+            with torch.inference_mode():
+                output = self.model.generate(
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    past_key_values=cache,
+                    streamer=streamer,
+                    **generation_options(self.config, len(ids)),
+                )
+            if reuse:
+                self.cache, self.read = cache, output[0, :-1].tolist()
+        except KeyboardInterrupt:
+            streamer.end()
+            print("[stopped]", file=sys.stderr)
+        return streamer.text.strip()
+
+
+def obey(line: str, talk: Conversation) -> None:
+    """Carry out a line that begins with a slash. Raises UserError for one that is unknown or can not be done."""
+    command, _, text = line.partition(" ")
+    text = text.strip()
+    if command == "/reset":
+        talk.reset()
+        print("[forgotten]", file=sys.stderr)
+    elif command == "/system":
+        talk.system = text
+        print(f"[system message: {text or 'none'}]", file=sys.stderr)
+    elif command == "/compare":
+        talk.compare()
+    elif command == "/save" and text:
+        if len(talk.turns) < 2:
+            raise UserError("there is nothing to save yet")
+        try:
+            with open(text, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": talk.messages()}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{text}: {error.strerror}") from None
+        print(f"[one record added to {text}]", file=sys.stderr)
+    elif command == "/help":
+        print(HELP, file=sys.stderr)
+    else:
+        raise UserError(f"unknown or incomplete command {command!r}. {HELP}")
+
+
+def main(config: Config) -> None:
+    if faults := model_faults(config.model):
+        raise UserError("\n".join(faults))
+    quiet_libraries()
+    model, tokenizer, run = load_chat_model(config.model, config.load_in_4bit, config.trust_remote_code)
+
+    import torch
+
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  line editing and history for input()
+    torch.manual_seed(config.seed)
+    system = run.get("system_prompt", "") if config.system_prompt is None else config.system_prompt
+    talk = Conversation(model, tokenizer, config, system)
+    print(HELP, file=sys.stderr)
+    while True:
+        try:
+            line = input("you> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        if line.lower() in ("exit", "quit"):
+            return
+        try:
+            if line.startswith("/"):
+                obey(line, talk)
+            elif line:
+                talk.ask(line)
+        except UserError as error:
+            print(f"[{error}]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

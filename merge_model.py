@@ -1,0 +1,546 @@
+"""Merge an adapter into its base model and prove that the result still does what was trained.
+
+    python merge_model.py --adapter outputs/checkpoint-final --output models/merged
+    python merge_model.py --adapter outputs/demo/checkpoint-final --output models/demo-merged
+
+Reads   the adapter with its finetune_config.json, the base model, the held-out rows of the training (held_out.jsonl)
+Writes  models/merged/   an ordinary model folder: sharded safetensors, tokenizer with chat template, generation_config
+                         with the stop tokens, finetune_config.json, a model card
+
+An adapter trained on 4-bit weights learnt to correct *those* weights. Added to the original 16-bit ones it meets a
+base it has never seen, and bfloat16's 8 bits of precision round much of a small update away. So the sum is made in
+float32, layer by layer, and `auto` measures on which base and in which type the result stays closest to what was
+trained.
+Merging into 4-bit layers would round once more and is not offered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, get_args, get_type_hints
+
+if TYPE_CHECKING:  # for annotations only: importing transformers takes seconds, and --help should not
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# One fixed conversation; its token ids are part of the fingerprint that training and inference compare.
+PROBE = [
+    {"role": "user", "content": "你好, 1+1=?"},
+    {"role": "assistant", "content": "2。"},
+    {"role": "user", "content": "Thanks"},
+    {"role": "assistant", "content": "Bye"},
+]
+# What the merged model and the adapter are compared on: their logits at every position of these prompts.
+PROMPTS = (
+    "Who are you?",
+    "用三句话解释什么是LoRA微调。",
+    "What is the capital of France?",
+    "静态随机存储器（SRAM）为什么比DRAM快？",
+    "Write a Python function that reverses a string.",
+    "CRISPR-Cas9 如何识别目标DNA序列？",
+)
+# Largest mean KL divergence, in nats, that storing and running in a type may cost; measured values are far below.
+LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-2}
+HELD_OUT_ROWS = 32  # enough to tell the candidates apart
+
+# ----------------------------------------------------------------------------------------- settings
+
+
+def setting(default, help: str, **extra):
+    """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass
+class Config:
+    adapter: Path = setting(Path("outputs/checkpoint-final"), "adapter folder to merge")
+    output: Path = setting(Path("models/merged"), "folder of the merged model")
+    base_weights: str = setting(
+        "auto",
+        "weights under the adapter: the original ones, or the dequantised 4-bit ones it was trained on",
+        choices=("auto", "original", "dequantized"),
+    )
+    dtype: str = setting("auto", "type of the stored weights", choices=("auto", "float16", "bfloat16", "float32"))
+    verify: bool = setting(True, "reload the result and compare it with the adapter")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model")
+
+
+def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
+    """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
+
+    A field's metadata may hold `flag` (another name on the command line) and `choices`. A tuple takes several values.
+    """
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    kinds = get_type_hints(config_class)
+    for f in fields(config_class):
+        kind, default = kinds[f.name], f.default
+        kind = (get_args(kind) or (kind,))[0]  # Path | None and tuple[str, ...] hold their type first
+        shown = " ".join(default) if isinstance(default, tuple) else default
+        # argparse formats help with %, so a bare one in a text would crash --help
+        options = {"default": default, "help": f"{f.metadata['help']} (default: {shown})".replace("%", "%%")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
+        else:
+            # never type=bool: bool("False") is True
+            options |= {"type": kind, "choices": f.metadata.get("choices")}
+            options |= {"metavar": None if options["choices"] else "VALUE"}
+            if isinstance(default, tuple):
+                options["nargs"] = "+"
+        parser.add_argument("--" + f.metadata.get("flag", f.name), dest=f.name, **options)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Settings from the command line."""
+    return Config(**vars(settings_parser(Config, __doc__).parse_args(argv)))
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+class UserError(Exception):
+    """A person's mistake: shown as it is, without a traceback."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """Write beside `path` and take its place only at the end, so that it is never half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Fill a new folder beside `folder` and let it take its place only when it is whole."""
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file whole or not at all."""
+    with replacing(path) as file:
+        json.dump(value, file, ensure_ascii=False, indent=2)
+
+
+@contextmanager
+def explaining(what: str, name: str) -> Iterator[None]:
+    """Turn a failed download or a broken folder into one line that says what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        mend = (
+            ""
+            if Path(name).exists()
+            else (
+                ". On the hub: check the name and the network (HF_ENDPOINT sets a mirror); for a gated model log in "
+                "with 'hf auth login'; without the hub, pass a local folder"
+            )
+        )
+        raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
+
+
+def model_faults(name: str) -> list[str]:
+    """What keeps `name` from being a model to load, one line each, seen from its files alone."""
+    path = Path(name)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return []
+        return [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
+    if not path.is_dir():
+        looks_local = name.count("/") != 1 or name.startswith((".", "/"))
+        return [f"{name}: no such folder. Train one with qwen_finetuning.py, or pass --model"] if looks_local else []
+    if not any(path.glob("*.safetensors")):
+        return [f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"]
+    settings = path / "adapter_config.json"
+    if not settings.is_file():
+        return (
+            [] if (path / "config.json").is_file() else [f"{name}: neither adapter_config.json nor config.json in it"]
+        )
+    try:
+        base = (
+            read_run(path).get("base_model")
+            or json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        )
+    except (UserError, OSError, ValueError, KeyError) as error:
+        return [f"{settings}: can not be read: {error}"]
+    faults = [] if Path(base).exists() else model_faults(base)
+    return [f"{name} is an adapter whose base model is missing: {fault}" for fault in faults]
+
+
+def read_run(folder: Path) -> dict:
+    """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none."""
+    path = folder / "finetune_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(run, dict)
+        return run
+    except (ValueError, AssertionError) as error:
+        raise UserError(
+            f"{path}: not the record of a run ({error}); take it from the training's output again"
+        ) from None
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What tells two chat formats apart: the template's SHA-256 and the token ids of one fixed conversation."""
+    template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+    probe_ids = tokenizer.apply_chat_template(PROBE, tokenize=True, return_dict=False)
+    return {"sha256": hashlib.sha256(template.encode()).hexdigest(), "probe_ids": list(probe_ids)}
+
+
+def file_faults(config: Config) -> list[str]:
+    """What is wrong with the folders that the settings name, one line each."""
+    if not (config.adapter / "adapter_config.json").is_file():
+        return [f"{config.adapter}: no adapter there (no adapter_config.json); pass --adapter"]
+    faults = model_faults(str(config.adapter))
+    if config.output.exists() and "merged" not in read_run(config.output):
+        faults.append(f"{config.output} exists and is no merged model of this script; pass another --output")
+    return faults
+
+
+def held_out_rows(run: dict) -> list[dict]:
+    """The rows that training held out, as `input_ids` and `labels`, from the file it left; [] without one."""
+    path = Path(run.get("held_out_file", ""))
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for _, line in zip(range(HELD_OUT_ROWS), lines, strict=False)]
+
+
+# --------------------------------------------------------------------------------------- the merge
+
+
+class Merge:
+    """Loads the base model as often as it takes: quantised, dequantised or as it is, with or without the adapter."""
+
+    def __init__(self, config: Config, run: dict):
+        settings = json.loads((config.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        self.adapter, self.trust_remote_code = str(config.adapter), config.trust_remote_code
+        self.base = run.get("base_model", settings["base_model_name_or_path"])
+        self.revision = run.get("base_revision") or "main"
+        self.four_bit = bool(run.get("settings", {}).get("load_in_4bit"))
+
+    def load(self, four_bit: bool) -> PreTrainedModel:
+        """The base model on the CPU, 4-bit or in bfloat16."""
+        import torch
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        with explaining("model", self.base):
+            return AutoModelForCausalLM.from_pretrained(
+                self.base,
+                revision=self.revision,
+                dtype=torch.bfloat16,
+                quantization_config=quantization if four_bit else None,
+                device_map={"": "cpu"},
+                use_safetensors=True,
+                trust_remote_code=self.trust_remote_code,
+            )
+
+    def with_adapter(self, base_weights: str) -> PreTrainedModel:
+        """Base with the adapter beside it: `quantized` as it was trained, `dequantized` or `original` in 16 bits."""
+        from peft import PeftModel
+
+        model = self.load(four_bit=base_weights != "original")
+        if base_weights == "dequantized":
+            # Must come before any forward: in eval mode that repacks 4-bit weights on CPUs with AVX512-BF16, and
+            # dequantising packed weights gives rubbish (bitsandbytes 0.50.2).
+            model = model.dequantize()
+        with explaining("adapter", self.adapter):
+            return PeftModel.from_pretrained(model, self.adapter).eval()  # keeps the adapter in float32
+
+    def merged(self, base_weights: str, dtype: torch.dtype) -> PreTrainedModel:
+        """The merged model, stored in `dtype`; each layer's sum is made in float32.
+
+        One layer at a time is in float32, so that the peak is little above the 16-bit model.
+        """
+        import torch
+
+        model = self.with_adapter(base_weights)
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                layer = module.get_base_layer()
+                with torch.no_grad():
+                    weight = layer.weight.float() + module.get_delta_weight("default").float()
+                    layer.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+        model = model.unload()  # takes the adapter layers out; the sums stay
+        return model.to(dtype)
+
+
+def run_in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a 16-bit model compute in float32 without holding a float32 copy: weights are widened one layer at a time."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    def forward(module, x):
+        weight = module.weight.float()
+        bias = None if module.bias is None else module.bias.float()
+        return torch.nn.functional.linear(x.float(), weight.T if isinstance(module, Conv1D) else weight, bias)
+
+    wide = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    for module in wide:
+        module.forward = forward.__get__(module)
+    narrow = {id(parameter) for module in wide for parameter in module.parameters(recurse=False)}
+    for module in model.modules():  # norms and the like are small
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in narrow:
+                setattr(module, name, torch.nn.Parameter(parameter.float(), requires_grad=False))
+    return model
+
+
+def logits_on_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Logits at every position of PROMPTS, float32, shape (positions, vocabulary)."""
+    import torch
+
+    parts = []
+    for prompt in PROMPTS:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        with torch.inference_mode():
+            parts.append(model(torch.tensor([ids], device=model.device), use_cache=False).logits[0].float())
+    return torch.cat(parts)
+
+
+def compare(reference: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
+    """How far two models are apart on the same positions: largest logit difference, mean KL in nats, equal top tokens.
+
+    >>> compare(logits, logits)  # doctest: +SKIP
+    {'largest_logit_difference': 0.0, 'mean_kl': 0.0, 'same_top_token': 1.0}
+    """
+    p, q = reference.double().log_softmax(-1), found.double().log_softmax(-1)
+    return {
+        "largest_logit_difference": (reference - found).abs().max().item(),
+        "mean_kl": max((p.exp() * (p - q)).sum(-1).mean().item(), 0.0),
+        "same_top_token": (reference.argmax(-1) == found.argmax(-1)).double().mean().item(),
+    }
+
+
+def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: int = 2048) -> float:
+    """Mean of -log p over all supervised tokens of all rows, in nats per token; NaN without rows.
+
+    Rows are laid end to end with their own positions, which keeps them apart where no cache is used; logits are made
+    only where there is a label, so that a large vocabulary fits.
+    """
+    import torch
+
+    batches, room = [], 0
+    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
+        room -= len(row["input_ids"])
+        if not batches or room < 0:
+            batches, room = [*batches, []], tokens_per_forward - len(row["input_ids"])
+        batches[-1].append(row)
+    training, total, count = model.training, 0.0, 0
+    model.eval()
+    for batch in batches:
+        input_ids = torch.tensor([id for row in batch for id in row["input_ids"]], device=model.device)
+        position_ids = torch.tensor([i for row in batch for i in range(len(row["input_ids"]))], device=model.device)
+        labels = torch.tensor([label for row in batch for label in row["labels"]], device=model.device)
+        labels[position_ids == 0] = -100  # nothing of its own row stands before a row's first token
+        places = (labels[1:] != -100).nonzero().flatten()  # the logits at a place are for the token after it
+        with torch.inference_mode():
+            logits = model(
+                input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=places
+            ).logits[0]
+            total += torch.nn.functional.cross_entropy(logits.float(), labels[places + 1], reduction="sum").item()
+        count += len(places)
+    model.train(training)
+    return total / count if count else math.nan
+
+
+def choose(merge: Merge, config: Config, rows: list[dict]) -> tuple[str, str, list[dict]]:
+    """(base weights, dtype, table of measured losses) for the merge.
+
+    With held-out rows and something left to choose, each candidate is made and its loss measured. The one closest to
+    the loss of the function that was trained wins: what was judged is what is kept. (A lower loss on another base is
+    luck on few rows, as a higher one is.)
+    """
+    import torch
+
+    bases = ["original", "dequantized"] if merge.four_bit else ["original"]
+    bases = bases if config.base_weights == "auto" else [config.base_weights]
+    dtypes = ["float16", "bfloat16"] if config.dtype == "auto" else [config.dtype]
+    if len(bases) * len(dtypes) == 1:
+        return bases[0], dtypes[0], []
+    table = []
+    if rows:
+        trained = merge.with_adapter("quantized" if merge.four_bit else "original")
+        table.append({"base_weights": "as trained", "dtype": "adapter", "loss": held_out_loss(trained, rows)})
+        del trained
+    for base in bases:
+        for dtype in dtypes:
+            if not rows and (base, dtype) != (bases[-1], dtypes[0]):
+                continue  # nothing to measure with: only see whether the first choice can be stored
+            model = merge.merged(base, getattr(torch, dtype))
+            if not all(parameter.isfinite().all() for parameter in model.parameters()):
+                table.append({"base_weights": base, "dtype": dtype, "loss": math.inf})  # a weight overflows
+            else:
+                table.append({"base_weights": base, "dtype": dtype, "loss": held_out_loss(model, rows)})
+            del model
+    if not rows:
+        dtype = dtypes[0] if table[-1]["loss"] != math.inf else dtypes[-1]
+        print(f"no held-out rows to measure with: taking {bases[-1]} base weights and {dtype}")
+        return bases[-1], dtype, []
+    print(f"{'base weights':<14}{'stored as':<11}loss on {len(rows)} held-out rows")
+    for entry in table:
+        print(f"{entry['base_weights']:<14}{entry['dtype']:<11}{entry['loss']:.4f}")
+    best = min(table[1:], key=lambda entry: abs(entry["loss"] - table[0]["loss"]))
+    return best["base_weights"], best["dtype"], table
+
+
+def verify(merge: Merge, folder: Path, base_weights: str, dtype: str, tokenizer) -> dict[str, float]:
+    """Reload what was written, compare it with the adapter on the same base weights. Raises UserError past LIMITS."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    reference = logits_on_prompts(run_in_float32(merge.with_adapter(base_weights)), tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), trust_remote_code=merge.trust_remote_code
+    )
+    found = compare(reference, logits_on_prompts(model, tokenizer))
+    print(
+        f"reloaded against the adapter on {len(reference)} positions: largest logit difference "
+        f"{found['largest_logit_difference']:.3f}, mean KL {found['mean_kl']:.1e}, "
+        f"same top token {found['same_top_token']:.3f}"
+    )
+    if not found["mean_kl"] <= LIMITS[dtype]:
+        raise UserError(
+            f"the merged model is not what was trained: mean KL {found['mean_kl']:.1e}, allowed for {dtype} "
+            f"{LIMITS[dtype]:.0e}. Nothing was written; try --dtype float32, or serve the adapter beside its base"
+        )
+    return found
+
+
+CARD = """---
+base_model: {base}
+library_name: transformers
+---
+# {name}
+
+An adapter from supervised fine-tuning, merged into `{base}`.
+
+- base weights under the adapter: {base_weights}{why}
+- stored as: {dtype}
+- training data: {rows} rows, SHA-256 `{sha256}`
+- held-out loss after training: {loss}
+
+`finetune_config.json` holds all settings of the run. The base model's licence applies.
+"""
+
+
+def is_main_process() -> bool:
+    """Whether this process may speak and write; torchrun and accelerate set RANK."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def quiet_libraries() -> None:
+    """Their warnings would stand between a person and the lines that matter; errors still show."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty() or not is_main_process():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar belongs on a terminal, not in a log file
+    for name in ("transformers", "trl", "accelerate", "bitsandbytes", "peft", "torch", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)")
+
+
+def main(config: Config) -> None:
+    if faults := file_faults(config):
+        raise UserError("\n".join(faults))
+    run = read_run(config.adapter)
+    if config.base_weights == "dequantized" and not run.get("settings", {}).get("load_in_4bit"):
+        raise UserError("--base_weights dequantized: this adapter was not trained on 4-bit weights; take original")
+    quiet_libraries()
+
+    import torch
+    from transformers import AutoTokenizer
+
+    with explaining("tokenizer", str(config.adapter)):
+        tokenizer = AutoTokenizer.from_pretrained(config.adapter)
+    trained = run.get("chat_template", {})
+    if trained and fingerprint(tokenizer) != {key: trained.get(key) for key in ("sha256", "probe_ids")}:
+        raise UserError(f"{config.adapter}: its tokenizer does not write conversations as the training did")
+
+    merge = Merge(config, run)
+    base_weights, dtype, table = choose(merge, config, held_out_rows(run))
+    model = merge.merged(base_weights, getattr(torch, dtype))
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(f"a weight does not fit in {dtype} (or the adapter holds NaN); try --dtype bfloat16")
+    stop = model.generation_config.eos_token_id
+    stop = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id, *trained.get("end_of_turn_ids", [])}
+    model.generation_config.eos_token_id = sorted(stop - {None})
+    run["merged"] = {"base_weights": base_weights, "dtype": dtype, "measured": table}
+    with replacing_folder(config.output) as partial:
+        model.save_pretrained(partial, max_shard_size="5GB")
+        del model
+        tokenizer.save_pretrained(partial)
+        if config.verify:
+            run["merged"]["verified"] = verify(merge, partial, base_weights, dtype, tokenizer)
+        write_json(partial / "finetune_config.json", run)
+        card = CARD.format(
+            base=merge.base,
+            name=config.output.name,
+            base_weights=base_weights,
+            why=" (4-bit NF4, as in training)" if base_weights == "dequantized" else "",
+            dtype=dtype,
+            rows=run.get("dataset", {}).get("rows", "unknown"),
+            sha256=run.get("dataset", {}).get("sha256", "unknown"),
+            loss=run.get("result", {}).get("loss_after", "unknown"),
+        )
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    print(f"merged: {config.output}  ({base_weights} base weights, {dtype})")
+    print(f"try it: python inference.py --model {config.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -69,6 +69,8 @@ PROBE = [
 # ----------------------------------------------------------------------------------------- settings
 
 
+# Same in: sft_basics.py, hf_finetune_scaffold.py, data_integration.py, data_set_generation.py, qwen_finetuning.py,
+#   inference.py, chat.py, merge_model.py
 def setting(default, help: str, **extra):
     """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
     return field(default=default, metadata={"help": help, **extra})
@@ -131,6 +133,7 @@ class FinetuneConfig:
     overwrite: bool = setting(False, "replace what an earlier run wrote in output_dir")
 
 
+# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py, inference.py, chat.py, merge_model.py
 def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
 
@@ -236,10 +239,13 @@ def setting_faults(config: FinetuneConfig) -> list[str]:
 # --------------------------------------------------------------------------------- reading and writing
 
 
+# Same in: sft_basics.py, hf_finetune_scaffold.py, data_integration.py, data_set_generation.py, qwen_finetuning.py,
+#   inference.py, chat.py, merge_model.py
 class UserError(Exception):
     """A person's mistake: shown as it is, without a traceback."""
 
 
+# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
 def read_rows(path: Path) -> Iterator[tuple[str, dict | None, str]]:
     """Yield (where, record, fault) for each row of a JSONL file or a JSON array, in order.
 
@@ -274,6 +280,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | None, str]]:
             yield f"{path}:{number}", record, fault
 
 
+# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
 def read_array(path: Path, text: str) -> Iterator[tuple[str, dict | None, str]]:
     """`read_rows` for the text of one JSON array. Where it is damaged, it ends with a fault."""
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
@@ -292,6 +299,7 @@ def read_array(path: Path, text: str) -> Iterator[tuple[str, dict | None, str]]:
         position = gap.match(text, end).end()
 
 
+# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py, merge_model.py
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
     """Write beside `path` and take its place only at the end, so that it is never half written."""
@@ -305,6 +313,7 @@ def replacing(path: Path) -> Iterator[IO[str]]:
         partial.unlink(missing_ok=True)
 
 
+# Same in: qwen_finetuning.py, merge_model.py
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Fill a new folder beside `folder` and let it take its place only when it is whole."""
@@ -336,6 +345,7 @@ def dataset_rows(source: str) -> Iterator[tuple[str, dict | None, str]]:
             yield f"{source}[{number}]", record, ""
 
 
+# Same in: qwen_finetuning.py, inference.py, chat.py, merge_model.py
 @contextmanager
 def explaining(what: str, name: str) -> Iterator[None]:
     """Turn a failed download or a broken folder into one line that says what to do."""
@@ -359,10 +369,12 @@ def explaining(what: str, name: str) -> Iterator[None]:
 # --------------------------------------------------------------------- from a record to ids and labels
 
 
+# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
 class EmptyAnswer(ValueError):
     """A record whose assistant says nothing."""
 
 
+# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
 def messages_of(record: dict, system_prompt: str = "") -> list[dict[str, str]]:
     """A record of any of the five shapes as chat messages. Raises ValueError that says what is wrong with it.
 
@@ -406,6 +418,7 @@ def messages_of(record: dict, system_prompt: str = "") -> list[dict[str, str]]:
     return messages
 
 
+# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
 def turns_of(items: object, name: str, role_key: str, text_key: str) -> list[tuple[str, object]]:
     """(role, text) of each message in a list of them. Raises ValueError for another form or an unknown role."""
     roles = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -417,6 +430,7 @@ def turns_of(items: object, name: str, role_key: str, text_key: str) -> list[tup
     return [(roles[item[role_key]], item.get(text_key)) for item in items]
 
 
+# Same in: qwen_finetuning.py, inference.py, chat.py
 @lru_cache(maxsize=1)
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], re.Pattern]:
     """The tokenizer's control tokens with their ids, and a pattern that finds them as the tokenizer itself does."""
@@ -430,6 +444,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], 
     return {token.content: id for token, id in tokens}, re.compile("|".join(patterns) or r"(?!)")
 
 
+# Same in: qwen_finetuning.py, inference.py, chat.py
 def unused_characters(messages: list[dict[str, str]]) -> tuple[str, str]:
     """Two characters of Unicode's private area that stand in none of the messages, to mark places in their text."""
     text = "".join(message["content"] for message in messages)
@@ -437,11 +452,13 @@ def unused_characters(messages: list[dict[str, str]]) -> tuple[str, str]:
     return first, second
 
 
+# Same in: qwen_finetuning.py, inference.py, chat.py
 def shield(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> str:
     """`text` with `mark` after the first character of each control token that a person typed in it."""
     return control_tokens(tokenizer)[1].sub(lambda found: re.sub(r"(\S)", rf"\1{mark}", found[0], count=1), text)
 
 
+# Same in: qwen_finetuning.py, inference.py, chat.py
 def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, mark: str, **options) -> str:
     """What the chat template makes of the messages. Control tokens typed in them are broken by `mark`.
 
@@ -452,10 +469,11 @@ def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, m
     shielded = [message | {"content": shield(message["content"], tokenizer, mark)} for message in messages]
     try:
         return tokenizer.apply_chat_template(shielded, tokenize=False, **options)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from None
 
 
+# Same in: qwen_finetuning.py, inference.py, chat.py
 def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> list[int]:
     """Token ids of rendered text: the template's control tokens as such, those a person typed as plain characters."""
     ids, (known, pattern) = [], control_tokens(tokenizer)
@@ -470,6 +488,7 @@ def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) 
     return ids
 
 
+# Same in: qwen_finetuning.py, inference.py, chat.py
 def encode_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a conversation that waits for the assistant's answer. Raises ValueError as `render` does."""
     mark, _ = unused_characters(messages)
@@ -527,6 +546,7 @@ def encode_conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTok
     return encoded
 
 
+# Same in: qwen_finetuning.py, inference.py, chat.py, merge_model.py
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
     """What tells two chat formats apart: the template's SHA-256 and the token ids of one fixed conversation."""
     template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
@@ -708,6 +728,7 @@ def preview(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
     return "".join(f"{before}{text}{after}" if supervised else text for supervised, text in texts)
 
 
+# Same in: qwen_finetuning.py, inference.py, chat.py
 def printable(text: str) -> str:
     """`text` without the control characters that could steer a terminal; line breaks and tabs stay."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
@@ -716,6 +737,7 @@ def printable(text: str) -> str:
 # ----------------------------------------------------------------------------------- device and memory
 
 
+# Same in: qwen_finetuning.py, inference.py, chat.py
 @dataclass(frozen=True)
 class Device:
     """Where a model runs and how. `device_map` is for `from_pretrained`; `note` is said to the person."""
@@ -728,6 +750,7 @@ class Device:
     note: str = ""
 
 
+# Same in: qwen_finetuning.py, inference.py, chat.py
 def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype: str = "auto", rank: int = 0) -> Device:
     """Decide type, quantisation and attention from what a machine can do.
 
@@ -751,6 +774,7 @@ def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype:
     )
 
 
+# Same in: qwen_finetuning.py, inference.py, chat.py
 def find_device(four_bit: bool, dtype: str = "auto") -> Device:
     """`device_policy` with the facts of this machine. Each process of a distributed run takes its own GPU."""
     import torch
@@ -935,6 +959,7 @@ def add_neftune(model: PreTrainedModel, alpha: float) -> None:
     model.get_input_embeddings().register_forward_hook(add_noise)
 
 
+# Same in: qwen_finetuning.py, merge_model.py
 def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: int = 2048) -> float:
     """Mean of -log p over all supervised tokens of all rows, in nats per token; NaN without rows.
 
@@ -1227,6 +1252,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+# Same in: qwen_finetuning.py, inference.py, chat.py, merge_model.py
 def is_main_process() -> bool:
     """Whether this process may speak and write; torchrun and accelerate set RANK."""
     return int(os.environ.get("RANK", 0)) == 0
@@ -1241,12 +1267,14 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
+# Same in: qwen_finetuning.py, merge_model.py
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON file whole or not at all."""
     with replacing(path) as file:
         json.dump(value, file, ensure_ascii=False, indent=2)
 
 
+# Same in: qwen_finetuning.py, merge_model.py
 def file_faults(config: FinetuneConfig) -> list[str]:
     """What is wrong with the files that the settings name, one line each."""
     faults = []
@@ -1309,6 +1337,7 @@ def run_record(config: FinetuneConfig, tokenizer, model_config, ledger: dict, he
     }
 
 
+# Same in: qwen_finetuning.py, inference.py, chat.py, merge_model.py
 def quiet_libraries() -> None:
     """Their warnings would stand between a person and the lines that matter; errors still show."""
     import logging

@@ -623,6 +623,7 @@ def prepare_data(
     held-out rows. Raises UserError that names the first ten rows which can not be used, or where none is left.
     """
     from datasets import Dataset, Features, List, Value
+    from datasets.exceptions import DatasetGenerationError
 
     ledger, faults = Counter(), []
     features = Features(
@@ -630,7 +631,12 @@ def prepare_data(
         digest=Value("string"),
         messages=List({"role": Value("string"), "content": Value("string")}),
     )
-    rows = Dataset.from_generator(lambda: checked_rows(config, ledger, faults), features=features, cache_dir=cache)
+    try:
+        rows = Dataset.from_generator(lambda: checked_rows(config, ledger, faults), features=features, cache_dir=cache)
+    except DatasetGenerationError as error:
+        raise (error.__cause__ if isinstance(error.__cause__, UserError) else error) from None
+    except ValueError:  # how `datasets` puts it that there is no row at all
+        rows = []
     stop_for(faults, config.skip_bad_rows)
     needed = 2 if config.eval_ratio else 1
     if len(rows) < needed:

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# No test may reach a hub, and every process gets one thread less than it would take, so that two run side by side.
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+# No test may reach a hub; and tiny models are faster on one thread, above all beside others.
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -119,3 +119,44 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
 def load_script(name: str):
     """A script as a module, to call its pure functions (`evaluate.py` hides the library of the same name)."""
     return importlib.import_module(name)
+
+
+def build_adapter(base: Path, folder: Path, four_bit: bool = False, targets: str | list[str] = "all-linear") -> Path:
+    """Save what a training on `base` saves, with random LoRA weights instead of trained ones; returns the folder.
+
+    The tokenizer and finetune_config.json are the training's own; held-out rows lie in held_out.jsonl beside it.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    training = load_script("qwen_finetuning")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    torch.manual_seed(1)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = training.FinetuneConfig(
+        model_name=str(base),
+        load_in_4bit=four_bit,
+        dtype="float32",
+        output_dir=folder.parent,
+        system_prompt="You know chips. 你懂芯片。",
+        tokenizer_dir=folder.parent / "Qwen_finetuning_tokenizer",
+    )
+    questions = ["What does the lamp cost?", "What are chips made of?", "芯片由什么制成？", "Do genes fold?"]
+    talks = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": "硅 silicon 12 euros."}]
+        for question in questions
+    ]
+    write_jsonl(folder.parent / "held_out.jsonl", [training.encode_conversation(talk, tokenizer) for talk in talks])
+    run = training.run_record(config, tokenizer, model.config, {"rows_read": 40}, [])
+    (folder / "finetune_config.json").write_text(json.dumps(run, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_qwen2, tmp_path_factory) -> Path:
+    """Folder of an adapter on the tiny Qwen2, as a training in float32 leaves it."""
+    return build_adapter(tiny_qwen2, tmp_path_factory.mktemp("run") / "checkpoint-final")

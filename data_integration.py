@@ -230,6 +230,7 @@ def files_of(path: str) -> list[str]:
         from datasets import load_dataset_builder
         from huggingface_hub.utils import logging
 
+        print(f"looking up {path} on the hub ...", file=sys.stderr)
         logging.set_verbosity_error()  # its five retries are lines of noise; what counts is said below
         hub_id, _, config = path.partition(":")
         try:
@@ -435,8 +436,7 @@ def line_of(record: dict) -> str:
 @dataclass
 class Source:
     name: str
-    flag: str
-    path: str  # hub id, file or folder
+    flag: str  # the setting that holds its hub id, file or folder
     convert: Callable[[dict], tuple[tuple[str, ...], dict] | None]  # shares it may fill and the record; None: no use
     settings: str = ""  # what else decides how a row is converted
     first: tuple[str, ...] = ()  # folders to read before the rest
@@ -450,19 +450,18 @@ class Part:
     when the process is killed, and keeps a second build away from it.
     """
 
-    def __init__(self, source: Source, seed: int, folder: Path):
-        self.source, self.seed, self.files, self.label = source, seed, None, source.path.partition(":")[0]
+    def __init__(self, source: Source, path: str, seed: int, folder: Path):
+        self.source, self.path, self.seed, self.files, self.label = source, path, seed, None, path.partition(":")[0]
         # the script itself is part of the name: a changed script may convert in another way
         code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        name = [source.path, source.settings, source.first, seed, code]
-        if Path(source.path).exists():
-            self.files = files_of(source.path)
-            self.label = Path(source.path).name
+        name = [path, source.settings, source.first, seed, code]
+        if Path(path).exists():
+            self.files = files_of(path)
+            self.label = Path(path).name
             name += [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in self.files]
         digest = hashlib.sha256(repr(name).encode("utf-8", "surrogateescape")).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{source.name}-{digest}.sqlite"
-        self.db = sqlite3.connect(self.path)
+        self.db = sqlite3.connect(folder / f"{source.name}-{digest}.sqlite", timeout=1)  # seconds to wait for a lock
         self.db.execute("PRAGMA locking_mode=EXCLUSIVE")
         self.db.execute("CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, key, shares, line, place, fault)")
         self.db.execute("CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY, number, complete)")
@@ -471,7 +470,7 @@ class Part:
         self.db.execute("DELETE FROM rows WHERE number > ?", (self.number,))  # an interrupt may fall between the two
         self.db.commit()
         if not self.number and self.files is None:
-            self.files = files_of(source.path)  # now, so that all sources that cannot be opened are named together
+            self.files = files_of(path)  # now, so that all sources that cannot be opened are named together
 
     def rows(self, bar: tqdm) -> Iterator[tuple[int, int, str, str, str]]:
         """Yield (number, key, shares, place, fault) of each row of use and each bad row; the others leave a gap."""
@@ -479,7 +478,7 @@ class Part:
         if self.complete:
             return
         done_before = self.number
-        stream = stream_of(self.files or files_of(self.source.path), self.seed, self.source.first)
+        stream = stream_of(self.files or files_of(self.path), self.seed, self.source.first)
         with closing(stream):
             for number, (place, row, fault) in enumerate(stream, start=1):
                 if number <= done_before:
@@ -549,15 +548,19 @@ class Mix:
         """Choose up to `total` rows by the ratios. What one share lacks, those that have more give by their ratios."""
         self.streams = {name: part.rows(bar) for name, part in self.parts.items()}
         taken, able = 0, dict(self.ratios)
-        while taken < total and able:
-            missing, weight = total - taken, sum(able.values())
-            for share, ratio in list(able.items()):
-                for _ in range(min(total - taken, max(1, int(missing * ratio / weight)))):
-                    if not self.choose(share):
-                        del able[share]
-                        break
-                    taken += 1
-                    bar.update()
+        try:
+            while taken < total and able:
+                missing, weight = total - taken, sum(able.values())
+                for share, ratio in list(able.items()):
+                    for _ in range(min(total - taken, max(1, int(missing * ratio / weight)))):
+                        if not self.choose(share):
+                            del able[share]
+                            break
+                        taken += 1
+                        bar.update()
+        finally:
+            for stream in self.streams.values():
+                stream.close()
         return taken
 
     def choose(self, share: str) -> bool:
@@ -635,12 +638,12 @@ def write_rejected(rejected: Iterator[tuple[str, str]], output_file: Path) -> in
 
 
 # Same in: data_integration.py, data_set_generation.py
-def open_parts(sources: list[Source], seed: int, folder: Path) -> dict[str, Part]:
+def open_parts(sources: list[Source], config: Config) -> dict[str, Part]:
     """Open the part file of each source. Raises UserError with one line for each source that cannot be read."""
     parts, faults = {}, []
     for source in sources:
         try:
-            parts[source.name] = Part(source, seed, folder)
+            parts[source.name] = Part(source, getattr(config, source.flag), config.seed, config.parts_dir)
         except UserError as error:
             faults.append(f"{source.name}: {error}. Pass --{source.flag} with a local file or folder.")
     if faults:
@@ -655,7 +658,7 @@ def build(sources: list[Source], feeds: dict[str, list[str]], ratios: dict[str, 
 
     needed, parts = {name for share in ratios for name in feeds[share]}, {}
     try:
-        parts = open_parts([source for source in sources if source.name in needed], config.seed, config.parts_dir)
+        parts = open_parts([source for source in sources if source.name in needed], config)
         for part in parts.values():
             for file in part.files or ():
                 if config.output_file.exists() and Path(file).exists() and config.output_file.samefile(file):

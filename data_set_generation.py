@@ -274,6 +274,7 @@ def files_of(path: str) -> list[str]:
         from datasets import load_dataset_builder
         from huggingface_hub.utils import logging
 
+        print(f"looking up {path} on the hub ...", file=sys.stderr)
         logging.set_verbosity_error()  # its five retries are lines of noise; what counts is said below
         hub_id, _, config = path.partition(":")
         try:
@@ -545,6 +546,7 @@ class KeywordMatcher:
 BLOCKS = {"html", "body", "p", "div", "pre", "ul", "ol", "li", "blockquote", "table", "hr", "dl", "dt", "dd"}
 BLOCKS |= {"h1", "h2", "h3", "h4", "h5", "h6"}
 SPACE, LINE_BREAK, TAG = re.compile(r"\s+"), re.compile(r" *\n *"), re.compile(r"<[^>]*>")
+STRAY = re.compile(r"\0|</?(?:html|body)[^>]*>", re.I)
 MARKS = {"strong": "**", "b": "**", "em": "*", "i": "*", "del": "~~", "s": "~~", "strike": "~~"}
 
 
@@ -558,10 +560,11 @@ def markdown_of(html: str) -> str:
 
     if not html.strip():
         return ""
+    # a NUL would end the text for the parser, and so would a stray </body>; huge_tree lifts its limit of 256 levels
+    html = STRAY.sub("", html)
+    parser = etree.HTMLParser(huge_tree=True, remove_comments=True, remove_pis=True, encoding="utf-8")
     try:
-        # a NUL would end the text for the parser; huge_tree lifts its limit of 256 levels
-        parser = etree.HTMLParser(huge_tree=True, remove_comments=True, remove_pis=True)
-        return "\n\n".join(blocks_of(etree.fromstring("<div>" + html.replace("\0", "") + "</div>", parser)))
+        return "\n\n".join(blocks_of(etree.fromstring(f"<body>{html}</body>".encode(), parser)))
     except RecursionError:
         raise ValueError("the HTML is nested too deeply") from None
     except ValueError as error:
@@ -572,7 +575,8 @@ def blocks_of(node: _Element) -> list[str]:
     """The paragraphs, lists, code blocks ... of an element, each as Markdown."""
     blocks, line = [], [squeeze(node.text)]
     for child in [*node, None]:
-        if child is None or child.tag in BLOCKS:
+        # code inside a link or the like is a block too
+        if child is None or child.tag in BLOCKS or (len(child) and child.find(".//pre") is not None):
             text = "".join(line).strip()
             if text:
                 blocks.append(LINE_BREAK.sub("\n", text) if "\n" in text else text)
@@ -598,7 +602,8 @@ def block_of(node: _Element) -> list[str]:
         items = [(blocks_of(item), any(part.tag in ("p", "pre", "blockquote") for part in item)) for item in node]
         loose = any(has_paragraphs and len(blocks) > 1 for blocks, has_paragraphs in items)
         lines = []
-        for number, (blocks, has_paragraphs) in enumerate(items, start=1):
+        start = node.get("start", "")
+        for number, (blocks, has_paragraphs) in enumerate(items, start=int(start) if start.isdecimal() else 1):
             mark = "- " if tag == "ul" else f"{number}. "
             text = ("\n\n" if has_paragraphs else "\n").join(blocks)
             lines.append(mark + re.sub(r"\n(?=[^\n])", "\n" + " " * len(mark), text))
@@ -657,8 +662,7 @@ def line_of(record: dict) -> str:
 @dataclass
 class Source:
     name: str
-    flag: str
-    path: str  # hub id, file or folder
+    flag: str  # the setting that holds its hub id, file or folder
     convert: Callable[[dict], tuple[tuple[str, ...], dict] | None]  # shares it may fill and the record; None: no use
     settings: str = ""  # what else decides how a row is converted
     first: tuple[str, ...] = ()  # folders to read before the rest
@@ -672,19 +676,18 @@ class Part:
     when the process is killed, and keeps a second build away from it.
     """
 
-    def __init__(self, source: Source, seed: int, folder: Path):
-        self.source, self.seed, self.files, self.label = source, seed, None, source.path.partition(":")[0]
+    def __init__(self, source: Source, path: str, seed: int, folder: Path):
+        self.source, self.path, self.seed, self.files, self.label = source, path, seed, None, path.partition(":")[0]
         # the script itself is part of the name: a changed script may convert in another way
         code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        name = [source.path, source.settings, source.first, seed, code]
-        if Path(source.path).exists():
-            self.files = files_of(source.path)
-            self.label = Path(source.path).name
+        name = [path, source.settings, source.first, seed, code]
+        if Path(path).exists():
+            self.files = files_of(path)
+            self.label = Path(path).name
             name += [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in self.files]
         digest = hashlib.sha256(repr(name).encode("utf-8", "surrogateescape")).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{source.name}-{digest}.sqlite"
-        self.db = sqlite3.connect(self.path)
+        self.db = sqlite3.connect(folder / f"{source.name}-{digest}.sqlite", timeout=1)  # seconds to wait for a lock
         self.db.execute("PRAGMA locking_mode=EXCLUSIVE")
         self.db.execute("CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, key, shares, line, place, fault)")
         self.db.execute("CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY, number, complete)")
@@ -693,7 +696,7 @@ class Part:
         self.db.execute("DELETE FROM rows WHERE number > ?", (self.number,))  # an interrupt may fall between the two
         self.db.commit()
         if not self.number and self.files is None:
-            self.files = files_of(source.path)  # now, so that all sources that cannot be opened are named together
+            self.files = files_of(path)  # now, so that all sources that cannot be opened are named together
 
     def rows(self, bar: tqdm) -> Iterator[tuple[int, int, str, str, str]]:
         """Yield (number, key, shares, place, fault) of each row of use and each bad row; the others leave a gap."""
@@ -701,7 +704,7 @@ class Part:
         if self.complete:
             return
         done_before = self.number
-        stream = stream_of(self.files or files_of(self.source.path), self.seed, self.source.first)
+        stream = stream_of(self.files or files_of(self.path), self.seed, self.source.first)
         with closing(stream):
             for number, (place, row, fault) in enumerate(stream, start=1):
                 if number <= done_before:
@@ -771,15 +774,19 @@ class Mix:
         """Choose up to `total` rows by the ratios. What one share lacks, those that have more give by their ratios."""
         self.streams = {name: part.rows(bar) for name, part in self.parts.items()}
         taken, able = 0, dict(self.ratios)
-        while taken < total and able:
-            missing, weight = total - taken, sum(able.values())
-            for share, ratio in list(able.items()):
-                for _ in range(min(total - taken, max(1, int(missing * ratio / weight)))):
-                    if not self.choose(share):
-                        del able[share]
-                        break
-                    taken += 1
-                    bar.update()
+        try:
+            while taken < total and able:
+                missing, weight = total - taken, sum(able.values())
+                for share, ratio in list(able.items()):
+                    for _ in range(min(total - taken, max(1, int(missing * ratio / weight)))):
+                        if not self.choose(share):
+                            del able[share]
+                            break
+                        taken += 1
+                        bar.update()
+        finally:
+            for stream in self.streams.values():
+                stream.close()
         return taken
 
     def choose(self, share: str) -> bool:
@@ -857,12 +864,12 @@ def write_rejected(rejected: Iterator[tuple[str, str]], output_file: Path) -> in
 
 
 # Same in: data_integration.py, data_set_generation.py
-def open_parts(sources: list[Source], seed: int, folder: Path) -> dict[str, Part]:
+def open_parts(sources: list[Source], config: Config) -> dict[str, Part]:
     """Open the part file of each source. Raises UserError with one line for each source that cannot be read."""
     parts, faults = {}, []
     for source in sources:
         try:
-            parts[source.name] = Part(source, seed, folder)
+            parts[source.name] = Part(source, getattr(config, source.flag), config.seed, config.parts_dir)
         except UserError as error:
             faults.append(f"{source.name}: {error}. Pass --{source.flag} with a local file or folder.")
     if faults:
@@ -877,7 +884,7 @@ def build(sources: list[Source], feeds: dict[str, list[str]], ratios: dict[str, 
 
     needed, parts = {name for share in ratios for name in feeds[share]}, {}
     try:
-        parts = open_parts([source for source in sources if source.name in needed], config.seed, config.parts_dir)
+        parts = open_parts([source for source in sources if source.name in needed], config)
         for part in parts.values():
             for file in part.files or ():
                 if config.output_file.exists() and Path(file).exists() and config.output_file.samefile(file):
@@ -913,18 +920,12 @@ def main(config: Config) -> None:
     domains = {domain: words for domain, words in keywords.items() if domain in ratios}
     matcher = KeywordMatcher(domains)
     sources = [
-        Source(
-            "my_reports",
-            "my_report_data_path",
-            config.my_report_data_path,
-            lambda row: (("my_reports",), training_record(row)),
-        ),
-        Source("orca", "orca_data_path", config.orca_data_path, lambda row: (("orca",), training_record(row))),
-        Source("pubmed", "pubmed_data_path", config.pubmed_data_path, lambda row: (("bio",), convert_pubmed(row))),
+        Source("my_reports", "my_report_data_path", lambda row: (("my_reports",), training_record(row))),
+        Source("orca", "orca_data_path", lambda row: (("orca",), training_record(row))),
+        Source("pubmed", "pubmed_data_path", lambda row: (("bio",), convert_pubmed(row))),
         Source(
             "stackexchange",
             "stackexchange_data_path",
-            config.stackexchange_data_path,
             lambda row: convert_stackexchange(row, matcher, config.min_score),
             settings=f"{config.min_score} {json.dumps(domains, ensure_ascii=False)}",
             first=SITES,

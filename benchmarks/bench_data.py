@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORDS = [
     a + b for a in ("ba", "ce", "di", "fo", "ka", "le", "mi", "ru", "vi") for b in ("n", "r", "st", "ment", "tion")
 ]
+ONLY_HTML = ("bio=0.34", "ai=0.33", "ic=0.33")  # but for the 1,000 rows of PubMedQA
 DOMAIN_WORDS = ["neural network", "MOSFET", "protein", "gradient descent", "CMOS", "genome"]
 
 
@@ -64,8 +65,8 @@ def post(rng: random.Random, topic: str) -> str:
     return f"{paragraphs}<pre><code>{code}\n</code></pre>\n\n<ul>\n{items}</ul>\n"
 
 
-def stackexchange_row(rng: random.Random, number: int, topics: list[str] = DOMAIN_WORDS) -> dict:
-    topic, site = topics[number % len(topics)], ["ai", "electronics", "biology"][number % 3] + ".stackexchange.com"
+def stackexchange_row(rng: random.Random, number: int) -> dict:
+    topic, site = DOMAIN_WORDS[number % 6], ["ai", "electronics", "biology"][number % 3] + ".stackexchange.com"
     answers = [
         {
             "answer_id": number * 3 + n,
@@ -113,7 +114,7 @@ def measure(title: str, script: str, folder: Path, rows: int, *flags) -> float:
     cores = (usage.ru_utime + usage.ru_stime) / seconds
     memory = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     print(
-        f"{title:<48}{written:>9,} rows {seconds:>7.1f} s {written / seconds:>8,.0f} rows/s "
+        f"{title:<34}{written:>9,} rows {seconds:>7.1f} s {written / seconds:>8,.0f} rows/s "
         f"{memory:>6.0f} MiB {cores:>5.2f} cores"
     )
     return seconds
@@ -127,21 +128,11 @@ def main(rows: list[int], pubmed: Path | None, folder: Path) -> None:
         papers = pubmed.resolve() if pubmed else make(folder / "pubmed.jsonl", 1000, pubmed_row)
         posts = make(folder / "posts.jsonl", total, stackexchange_row)
         local = ["--my_report_data_path", report, "--orca_data_path", orca, "--pubmed_data_path", papers]
-        no_bio = make(
-            folder / "no_bio.jsonl", total, lambda rng, n: stackexchange_row(rng, n, ["neural network", "CMOS"])
-        )
+        everything = [*local, "--stackexchange_data_path", posts]
         cases = [
             ("data_integration.py, JSONL", "data_integration.py", local),
-            (
-                "data_set_generation.py, StackExchange HTML only",
-                "data_set_generation.py",
-                ["--stackexchange_data_path", no_bio, "--ratios", "ai=0.5", "ic=0.5"],
-            ),
-            (
-                "data_set_generation.py, as it is",
-                "data_set_generation.py",
-                [*local, "--stackexchange_data_path", posts],
-            ),
+            ("data_set_generation.py, HTML", "data_set_generation.py", [*everything, "--ratios", *ONLY_HTML]),
+            ("data_set_generation.py, as it is", "data_set_generation.py", everything),
         ]
         for title, script, flags in cases:
             times.setdefault(title, []).append(measure(title, script, folder, total, *flags))

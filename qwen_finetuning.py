@@ -317,7 +317,7 @@ def replacing(path: Path) -> Iterator[IO[str]]:
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Fill a new folder beside `folder` and let it take its place only when it is whole."""
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(f".{folder.name}.old")
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -353,16 +353,13 @@ def explaining(what: str, name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0][:300]
+    except Exception as error:  # for a cut or foreign file the libraries raise what they like (SafetensorError, ...)
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         mend = (
-            ""
-            if Path(name).exists()
-            else (
-                ". On the hub: check the name and the network (HF_ENDPOINT sets a mirror); for a gated model log in "
-                "with 'hf auth login'; without the hub, pass a local folder"
-            )
+            "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated model, "
+            "log in with 'hf auth login'; or pass a local folder"
         )
+        mend = "" if Path(name).exists() else mend
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
 
 
@@ -1351,12 +1348,14 @@ def quiet_libraries() -> None:
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty() or not is_main_process():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a bar belongs on a terminal, not in a log file
     for name in ("transformers", "trl", "accelerate", "bitsandbytes", "peft", "torch", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)")
+    warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT would go on with half an adapter
 
 
 def main(config: FinetuneConfig) -> None:

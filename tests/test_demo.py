@@ -29,7 +29,8 @@ def test_the_demo_touches_no_real_run():
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_the_demo_learns_name_format_and_stopping(tmp_path):
+def test_the_demo_learns_name_format_and_stopping(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     folder = os.environ.get("SFT_MODEL_DIR", ROOT / "models/SmolLM2-135M-Instruct")
     if Path(folder).is_dir():  # else it is fetched

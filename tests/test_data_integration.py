@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, load_script, run_script, write_jsonl
@@ -182,6 +185,50 @@ def test_a_mix_is_what_the_training_script_reads(tmp_path, tiny_qwen2):
     assert ledger["rows read"] == "48" and int(ledger["train"]) + int(ledger["eval"]) == 48
     for fault in ("unreadable", "wrong shape", "empty answer", "exact duplicate"):
         assert ledger[fault] == "0"
+
+
+def test_a_hub_id_and_a_dropped_connection(tmp_path, monkeypatch, capsys):
+    """The hub is played by two functions of the `datasets` library; what is dropped is read by the next build."""
+    import datasets
+
+    rows = [
+        {"conversations": [{"from": "human", "value": f"Number {n}?"}, {"from": "gpt", "value": f"Yes {n}."}]}
+        for n in range(6000)
+    ]
+    asked, works_until = [], {"row": 5500}
+
+    def load_dataset_builder(hub_id, config):
+        asked.append((hub_id, config))
+        files = {"train": ["hf://datasets/Org/Set@abc/data/a.parquet", "hf://datasets/Org/Set@abc/README.md"]}
+        return SimpleNamespace(config=SimpleNamespace(data_files=files))
+
+    def load_dataset(kind, data_files, split, streaming):
+        assert (kind, split, streaming) == ("parquet", "train", True) and data_files.endswith("a.parquet")
+        for number, row in enumerate(rows):
+            if number == works_until["row"]:
+                raise ConnectionError("Server Disconnected")
+            yield row
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    args = [*map(str, sources()), "--orca_data_path", "Org/Set:cfg", "--ratios", "orca=1", "--total_samples", "6000"]
+    output = tmp_path / "mixed_finetune_dataset.jsonl"
+    output.write_text("old")
+    with pytest.raises(script.UserError, match=r"a\.parquet:5501: Server Disconnected. Run again to go on"):
+        script.main(script.parse_args(args))
+    assert output.read_text() == "old" and asked == [("Org/Set", "cfg")]
+    kept = sqlite3.connect(next(tmp_path.glob("data/parts/orca-*.sqlite")))
+    assert kept.execute("SELECT count(*) FROM rows").fetchone()[0] == 5500 - script.SHUFFLE_BUFFER
+    kept.close()
+    works_until["row"] = None
+    script.main(script.parse_args(args))
+    continued = output.read_bytes()
+    script.main(script.parse_args([*args, "--parts_dir", "fresh"]))
+    assert output.read_bytes() == continued and len(read(output)) == 6000
+    assert {row["source"] for row in read(output)} == {"Org/Set"}
+    # the library's own retries last minutes
+    assert datasets.config.STREAMING_READ_MAX_RETRIES * datasets.config.STREAMING_READ_RETRY_INTERVAL >= 180
 
 
 # --------------------------------------------------------------------------------------- when it goes wrong
@@ -452,3 +499,7 @@ def test_help_is_quick(tmp_path):
     started = time.monotonic()
     process = run_script(SCRIPT, "--help", cwd=tmp_path, env={"PYTHONWARNINGS": "error"})
     assert process.returncode == 0 and time.monotonic() - started < 0.5 * (2 if os.cpu_count() < 4 else 1)
+
+
+def test_the_examples_in_the_docstrings():
+    assert doctest.testmod(script).attempted >= 4 and doctest.testmod(script).failed == 0

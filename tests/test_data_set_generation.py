@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import random
 import signal
@@ -296,3 +297,7 @@ def test_any_row_is_converted_passed_over_or_a_fault(row, hole):
             convert()
         except ValueError as error:
             assert str(error)
+
+
+def test_the_examples_in_the_docstrings():
+    assert doctest.testmod(script).attempted >= 4 and doctest.testmod(script).failed == 0

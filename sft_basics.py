@@ -2,11 +2,13 @@
 
     python sft_basics.py --model_name models/SmolLM2-135M-Instruct --max_length 128   # both formats, on two CPU cores
     python sft_basics.py --no-instruction_mode --keep_eos --eval_ratio 0.25           # one format alone, done better
-    accelerate launch --num_processes 2 sft_basics.py --batch_size 1                  # the same steps in two processes
+    accelerate launch --multi_gpu --num_processes 2 sft_basics.py --batch_size 1      # the same steps in two processes
 
 Reads   its own EXAMPLE_PAIRS, each as one text:   指令：翻译成英文 / 输入：我喜欢读书。 / 回答：I like reading.
 Writes  output_dir/instruction, output_dir/sft:    the model, its tokenizer and trainer_state.json, which ends with
                                                    {"eval_loss": 2.35, "answer_loss": 3.04, "supervised_eos": 0, ...}
+
+On CPUs, too, --multi_gpu is what makes accelerate start more than one process.
 
 It trains every weight, in float32. There are no role markers in its texts (user, assistant): how a chat model is
 tuned on its own chat template, with loss on the answers alone, stands in qwen_finetuning.py.
@@ -245,6 +247,7 @@ def run_training(config: FinetuneConfig) -> dict[str, float]:
         logging_steps=1,
         save_strategy="no",  # the model is saved at the end, without AdamW's moments, which are twice its size
         report_to="none",
+        ddp_find_unused_parameters=False,  # with several processes: every weight takes part in every step
         seed=SEED,
         **device_settings(),
     )
@@ -276,7 +279,6 @@ def main(configs: list[FinetuneConfig]) -> None:
     if len(results) == 2:
         losses = [figures["eval_loss"] for figures in results.values()]
         logger.info("两种格式的损失对比：instruction=%.4f, sft=%.4f", *losses)
-
 
 
 if __name__ == "__main__":

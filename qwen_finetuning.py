@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -43,7 +44,7 @@ from typing import IO, TYPE_CHECKING, get_args, get_type_hints
 if TYPE_CHECKING:  # for annotations only: importing transformers takes seconds, and --help should not
     from datasets import Dataset
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-    from trl import SFTTrainer
+    from trl import SFTConfig, SFTTrainer
 
 SYSTEM_PROMPT = (
     "你是一位跨领域专家，精通人工智能、集成电路与生物医学。请用准确、清晰、有条理的语言回答问题；没有把握时请直接说明。"
@@ -129,6 +130,9 @@ class FinetuneConfig:
     output_dir: Path = setting(Path("outputs"), "checkpoints, curve and state")
     model_dir: Path = setting(Path("Qwen_finetuning_model"), "where the finished adapter goes")
     tokenizer_dir: Path = setting(Path("Qwen_finetuning_tokenizer"), "where the tokenizer goes")
+    trace: str = setting("none", "track the run with one of these libraries", choices=("wandb", "swanlab", "none"))
+    deepspeed: Path | None = setting(None, "DeepSpeed configuration, as configs/deepspeed/ds_config.json")
+    local_rank: int = setting(-1, "given by launchers that do not set LOCAL_RANK")
     resume: bool = setting(False, "go on from the newest whole checkpoint in output_dir")
     overwrite: bool = setting(False, "replace what an earlier run wrote in output_dir")
 
@@ -697,6 +701,31 @@ def prepare_data(
     return parts["train"], parts["eval"] if ledger["eval"] else None, book, list(held_out)
 
 
+def prepare_once(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, cache: str) -> tuple:
+    """`prepare_data`, done by one process of each machine; the others read what it prepared."""
+    if process_count() == 1:
+        return prepare_data(config, tokenizer, cache)
+    import torch
+    from accelerate import PartialState
+    from datasets import load_from_disk
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    shared = Path(tempfile.gettempdir()) / f"sft-{os.environ['MASTER_PORT']}-{os.environ.get('GROUP_RANK', 0)}"
+    if state.is_local_main_process:
+        train, held_out, ledger, digests = prepare_data(config, tokenizer, cache)
+        for name, rows in (("train", train), ("eval", held_out)):
+            if rows is not None:
+                rows.save_to_disk(shared / name)
+        write_json(shared / "ledger.json", {"ledger": ledger, "digests": digests})
+    state.wait_for_everyone()
+    book = json.loads((shared / "ledger.json").read_text(encoding="utf-8"))
+    parts = [load_from_disk(shared / name) if (shared / name).is_dir() else None for name in ("train", "eval")]
+    state.wait_for_everyone()  # all have opened the files: their names may go
+    if state.is_local_main_process:
+        shutil.rmtree(shared)
+    return *parts, book["ledger"], book["digests"]
+
+
 def stop_for(faults: list[str], go_on: bool) -> None:
     """Raise UserError naming the first ten faults, or clear them where the person said to go on."""
     if faults and not go_on:
@@ -1004,38 +1033,26 @@ def steps_of(rows: int, config: FinetuneConfig) -> tuple[int, int]:
     >>> steps_of(111, FinetuneConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4))
     (14, 42)
     """
-    batches = math.ceil(rows / (config.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))))
+    batches = math.ceil(rows / (config.per_device_train_batch_size * process_count()))
     epoch = max(math.ceil(batches / config.gradient_accumulation_steps), 1)
     return epoch, config.max_steps if config.max_steps > 0 else math.ceil(epoch * config.num_train_epochs)
 
 
-def build_trainer(
-    config: FinetuneConfig,
-    model,
-    tokenizer,
-    train: Dataset,
-    held_out: Dataset | None,
-    targets,
-    device: Device,
-    run: dict,
-) -> SFTTrainer:
-    """An SFTTrainer over encoded rows: rows of a batch lie end to end, so no time is spent on padding."""
-    import torch
-    from peft import LoraConfig
-    from transformers import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
+def training_args(config: FinetuneConfig, device: Device, rows: int, held_out: bool, recompute: bool) -> SFTConfig:
+    """The settings as the Trainer takes them. Rows of a batch lie end to end, so no time is spent on padding."""
+    from trl import SFTConfig
 
-    per_epoch, _ = steps_of(len(train), config)
-    evaluate = config.eval_strategy if held_out is not None else "no"
+    per_epoch, _ = steps_of(rows, config)
+    evaluate = config.eval_strategy if held_out else "no"
     eval_steps = min(config.eval_steps, per_epoch)
-    args = SFTConfig(
+    return SFTConfig(
         output_dir=str(config.output_dir),
         num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        gradient_checkpointing=run["gradient_checkpointing"],
+        gradient_checkpointing=recompute,
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_steps,
         optim=config.optim if device.kind != "mps" else "adamw_torch",
@@ -1051,16 +1068,29 @@ def build_trainer(
         greater_is_better=False,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,  # a loss that is no number is shown as that, not as an average
-        report_to="none",
+        report_to=config.trace,
+        run_name=config.output_dir.name,
+        deepspeed=str(config.deepspeed) if config.deepspeed else None,
+        ddp_find_unused_parameters=False,
         disable_tqdm=True,
         use_cpu=device.kind == "cpu",
         # weights and adapters already are in the compute type; only float16 needs a scaler, and with it autocast
-        bf16=False,
+        bf16=device.dtype == "bfloat16" and config.deepspeed is not None,  # DeepSpeed wants to be told
         fp16=device.dtype == "float16",
         padding_free=True,
         max_length=None,  # rows are cut already
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+
+
+def build_trainer(
+    config: FinetuneConfig, args: SFTConfig, model, tokenizer, train, held_out, targets, run
+) -> SFTTrainer:
+    """An SFTTrainer over encoded rows with a fresh adapter on `model`."""
+    from peft import LoraConfig
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
@@ -1078,14 +1108,40 @@ def build_trainer(
         callbacks=[progress_callback(run)],
     )
     trainer.remove_callback(PrinterCallback)
-    # TRL makes the adapters of a 4-bit model bfloat16; a float16 scaler and float32 runs need them in float32
-    adapter_dtype = torch.bfloat16 if device.dtype == "bfloat16" else torch.float32
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(adapter_dtype)
+    cast_adapter(trainer.model)
     if config.neftune_noise_alpha > 0:
         add_neftune(trainer.model.get_base_model(), config.neftune_noise_alpha)
     return trainer
+
+
+def cast_adapter(model) -> None:
+    """Give the adapter the compute type of its base: bfloat16 beside bfloat16, else float32.
+
+    TRL makes the adapters of every 4-bit model bfloat16, which a float16 scaler can not handle; and PEFT makes them
+    float32 when a checkpoint is loaded, so that a resumed run would go on in another precision.
+    """
+    import torch
+
+    base = model.get_input_embeddings().weight.dtype
+    dtype = torch.bfloat16 if base == torch.bfloat16 else torch.float32
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def start_tracking(config: FinetuneConfig, run: dict) -> None:
+    """Begin a tracked run with its settings and its ledger; the Trainer's own callback then logs into it."""
+    if config.trace == "none" or not is_main_process():
+        return
+    facts = {"settings": run["settings"], "ledger": run["ledger"], "versions": run["versions"]}
+    if config.trace == "wandb":
+        import wandb
+
+        wandb.init(project="sft", name=config.output_dir.name, config=facts)
+    else:  # the callback of transformers 5.23 asks swanlab 0.10 for a run, which raises where none has begun
+        import swanlab
+
+        swanlab.init(project="sft", experiment_name=config.output_dir.name, config=facts)
 
 
 def progress_callback(run: dict):
@@ -1093,7 +1149,8 @@ def progress_callback(run: dict):
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
-        def on_train_begin(self, args, state, control, **_):
+        def on_train_begin(self, args, state, control, model, **_):
+            cast_adapter(getattr(model, "module", model))
             self.begin = self.last = time.monotonic()
             self.first_step, self.tokens = state.global_step, 0
 
@@ -1140,7 +1197,10 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        return (folder / "adapter_model.safetensors").is_file() and (folder / "optimizer.pt").is_file()
+        optimizer = (folder / "optimizer.pt").is_file() or (
+            folder / "latest"
+        ).is_file()  # DeepSpeed names its folder there
+        return (folder / "adapter_model.safetensors").is_file() and optimizer
 
     found = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
     for folder in sorted(found, key=lambda folder: int(folder.name.split("-")[1]), reverse=True):
@@ -1153,9 +1213,10 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 def resume_faults(record: dict, run: dict) -> list[str]:
     """How this run differs from the one whose record lies in output_dir, in what must not change between them."""
     names = "model_name load_in_4bit lora_r lora_alpha lora_target_modules max_seq_length eval_ratio split_seed seed "
-    names += "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps packing overlong"
+    names += "num_train_epochs max_steps packing overlong"
     old, new = record.get("settings", {}), run["settings"]
     pairs = [(name, old.get(name), new[name]) for name in names.split()]
+    pairs.append(("rows in a step", record.get("rows_per_step"), run["rows_per_step"]))
     pairs.append(("dataset (SHA-256)", record.get("dataset", {}).get("sha256"), run["dataset"]["sha256"]))
     return [f"{name} was {before}, is {now}" for name, before, now in pairs if before != now]
 
@@ -1270,6 +1331,11 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
+def process_count() -> int:
+    """How many processes train together; torchrun and accelerate set WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 # Same in: qwen_finetuning.py, merge_model.py
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON file whole or not at all."""
@@ -1294,6 +1360,13 @@ def file_faults(config: FinetuneConfig) -> list[str]:
         )
     if config.resume and not (config.output_dir / "finetune_config.json").is_file():
         faults.append(f"--resume: {config.output_dir} holds no run (no finetune_config.json); leave --resume out")
+    for name, wanted in ((config.trace, config.trace != "none"), ("deepspeed", config.deepspeed is not None)):
+        if wanted and not importlib.util.find_spec(name):
+            faults.append(f"{name} is not installed; its pinned version stands in requirements.txt: pip install {name}")
+    if config.deepspeed and not config.deepspeed.is_file():
+        faults.append(f"{config.deepspeed}: no such DeepSpeed configuration")
+    if config.deepspeed and "RANK" not in os.environ:
+        faults.append("--deepspeed wants a launcher: torchrun --nproc_per_node=N, or deepspeed --num_gpus=N")
     if not config.demo and Path(config.model_name).suffix != ".gguf":
         try:
             model_files(config.model_name)
@@ -1333,6 +1406,7 @@ def run_record(config: FinetuneConfig, tokenizer, model_config, ledger: dict, he
         "split": {"eval_ratio": config.eval_ratio, "split_seed": config.split_seed},
         "held_out": held_out,
         "held_out_file": str(config.output_dir / "held_out.jsonl"),
+        "rows_per_step": config.per_device_train_batch_size * config.gradient_accumulation_steps * process_count(),
         "chat_template": fingerprint(tokenizer) | {"end_of_turn_ids": end_of_turn_ids(tokenizer)},
         "ledger": ledger,
         "settings": json.loads(json.dumps(settings)),
@@ -1359,9 +1433,11 @@ def quiet_libraries() -> None:
 
 
 def main(config: FinetuneConfig) -> None:
-    if faults := file_faults(config):
+    if is_main_process() and (faults := file_faults(config)):
         raise UserError("\n".join(faults))
     started = time.monotonic()
+    if config.local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
     quiet_libraries()
     if config.demo:
         fetch_demo_model()
@@ -1385,7 +1461,7 @@ def main(config: FinetuneConfig) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
     with tempfile.TemporaryDirectory() as cache:
-        train, held_out, ledger, digests = prepare_data(config, tokenizer, cache)
+        train, held_out, ledger, digests = prepare_once(config, tokenizer, cache)
         if is_main_process():
             print(f"{config.dataset_path}:")
             show_ledger(ledger)
@@ -1421,7 +1497,14 @@ def train_and_save(config, tokenizer, model_config, train, held_out, run: dict, 
         )
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in need.items())
         print(f"memory, estimated: {sum(need.values()) / 1e9:.1f} GB of {free / 1e9:.1f} GB free ({parts})", flush=True)
+    surplus = len(train) % (config.per_device_train_batch_size * process_count())
+    if process_count() > 1 and surplus:
+        repeated = config.per_device_train_batch_size * process_count() - surplus
+        say(f"the rows do not divide among the processes: {repeated} of them come twice in an epoch's last step")
     fault = memory_fault(sum(need.values()), free, device, config.model_name)
+    if config.deepspeed and device.kind != "cuda":
+        # accelerate 1.15 has no CPU backend for it: it would train plain DDP, in silence
+        fault = f"--deepspeed works on CUDA GPUs only, and this run is on {device.kind}; leave it out"
     if config.dry_run:
         if fault:
             say(f"warning: {fault}")
@@ -1447,8 +1530,12 @@ def train_and_save(config, tokenizer, model_config, train, held_out, run: dict, 
     import torch
 
     torch.manual_seed(config.seed)
-    trainer = build_trainer(config, load_model(config, device), tokenizer, train, held_out, targets, device, run)
-    rows = [] if held_out is None else list(held_out)
+    args = training_args(config, device, len(train), held_out is not None, recompute)  # before the model, for ZeRO-3
+    trainer = build_trainer(config, args, load_model(config, device), tokenizer, train, held_out, targets, run)
+    if config.deepspeed and not (trainer.is_deepspeed_enabled and args.world_size == process_count()):
+        raise UserError("--deepspeed: the engine is not at work in this run; leave it out for plain data parallelism")
+    start_tracking(config, run)
+    rows = list(held_out) if held_out is not None and is_main_process() else []
     before = held_out_loss(trainer.model, rows)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     after = held_out_loss(trainer.model, rows)

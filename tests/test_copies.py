@@ -51,7 +51,9 @@ def test_helpers_of_one_name_are_the_same_in_every_script():
         if len({body for body, _ in copies.values()}) > 1:
             faults.append(f"{name} differs between {', '.join(copies)}")
         for script, (_, mark) in copies.items():
-            named = SCRIPTS and ({path.name for path in SCRIPTS} if mark == "all nine scripts" else set(mark.split(", ")))
+            named = SCRIPTS and (
+                {path.name for path in SCRIPTS} if mark == "all nine scripts" else set(mark.split(", "))
+            )
             if named != set(copies):
                 faults.append(f"{script}: above {name} stands 'Same in: {mark}', it is in {', '.join(copies)}")
     assert not faults, "\n".join(faults)

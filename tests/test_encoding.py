@@ -172,7 +172,10 @@ def test_the_fingerprint_tells_formats_apart():
         ({"instruction": "解释LoRA", "output": "答"}, ["解释LoRA", "答"]),
         ({"instruction": "总结", "input": "文章", "response": "答"}, ["总结\n补充信息：文章", "答"]),
         ({"input": "问", "output": "答", "source": "x"}, ["问", "答"]),
-        ({"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答", "weight": 1}]}, ["问", "答"]),
+        (
+            {"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答", "weight": 1}]},
+            ["问", "答"],
+        ),
         ({"messages": TALK}, [m["content"] for m in TALK]),
         ({"system": "S", "input": "问", "output": "答"}, ["S", "问", "答"]),
     ],

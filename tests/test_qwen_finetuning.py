@@ -313,9 +313,9 @@ def four_bit_trainer(tmp_path: Path, tiny_qwen2: Path):
     config = qwen.FinetuneConfig(model_name=str(tiny_qwen2), output_dir=tmp_path / "outputs", neftune_noise_alpha=0)
     rows = Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in encoded_rows(6)])
     device = qwen.find_device(True, "bfloat16")
-    record = {"gradient_checkpointing": False}
+    args = qwen.training_args(config, device, len(rows), held_out=True, recompute=False)
     model, tokenizer = qwen.load_model(config, device), AutoTokenizer.from_pretrained(tiny_qwen2)
-    return qwen.build_trainer(config, model, tokenizer, rows, rows, config.lora_target_modules, device, record), rows
+    return qwen.build_trainer(config, args, model, tokenizer, rows, rows, config.lora_target_modules, {}), rows
 
 
 def first_gradient(trainer) -> float:

@@ -43,6 +43,7 @@ PROBE = [
 # ----------------------------------------------------------------------------------------- settings
 
 
+# Same in: all nine scripts
 def setting(default, help: str, **extra):
     """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
     return field(default=default, metadata={"help": help, **extra})
@@ -64,6 +65,8 @@ class Config:
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
 
 
+# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py, evaluate.py, inference.py, chat.py,
+#   merge_model.py
 def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
 
@@ -103,6 +106,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     return config
 
 
+# Same in: evaluate.py, inference.py, chat.py
 def decoding_faults(config: Config) -> list[str]:
     """What can not be right in the decoding settings, one line each."""
     limits = {
@@ -119,6 +123,7 @@ def decoding_faults(config: Config) -> list[str]:
     ]
 
 
+# Same in: all nine scripts
 class UserError(Exception):
     """A person's mistake: shown as it is, without a traceback."""
 
@@ -126,6 +131,7 @@ class UserError(Exception):
 # ------------------------------------------------------------------------------------------ the prompt
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
 @lru_cache(maxsize=1)
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], re.Pattern]:
     """The tokenizer's control tokens with their ids, and a pattern that finds them as the tokenizer itself does."""
@@ -139,6 +145,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], 
     return {token.content: id for token, id in tokens}, re.compile("|".join(patterns) or r"(?!)")
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
 def unused_characters(messages: list[dict[str, str]]) -> tuple[str, str]:
     """Two characters of Unicode's private area that stand in none of the messages, to mark places in their text."""
     text = "".join(message["content"] for message in messages)
@@ -146,11 +153,13 @@ def unused_characters(messages: list[dict[str, str]]) -> tuple[str, str]:
     return first, second
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
 def shield(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> str:
     """`text` with `mark` after the first character of each control token that a person typed in it."""
     return control_tokens(tokenizer)[1].sub(lambda found: re.sub(r"(\S)", rf"\1{mark}", found[0], count=1), text)
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
 def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, mark: str, **options) -> str:
     """What the chat template makes of the messages. Control tokens typed in them are broken by `mark`.
 
@@ -161,10 +170,11 @@ def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, m
     shielded = [message | {"content": shield(message["content"], tokenizer, mark)} for message in messages]
     try:
         return tokenizer.apply_chat_template(shielded, tokenize=False, **options)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from None
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
 def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> list[int]:
     """Token ids of rendered text: the template's control tokens as such, those a person typed as plain characters."""
     ids, (known, pattern) = [], control_tokens(tokenizer)
@@ -179,12 +189,14 @@ def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) 
     return ids
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
 def encode_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a conversation that waits for the assistant's answer. Raises ValueError as `render` does."""
     mark, _ = unused_characters(messages)
     return tokenize_rendered(render(messages, tokenizer, mark, add_generation_prompt=True), tokenizer, mark)
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
     """What tells two chat formats apart: the template's SHA-256 and the token ids of one fixed conversation."""
     template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
@@ -192,6 +204,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
     return {"sha256": hashlib.sha256(template.encode()).hexdigest(), "probe_ids": list(probe_ids)}
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
 def printable(text: str) -> str:
     """`text` without the control characters that could steer a terminal; line breaks and tabs stay."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
@@ -200,6 +213,7 @@ def printable(text: str) -> str:
 # ------------------------------------------------------------------------------------------- the model
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
 @dataclass(frozen=True)
 class Device:
     """Where a model runs and how. `device_map` is for `from_pretrained`; `note` is said to the person."""
@@ -212,6 +226,7 @@ class Device:
     note: str = ""
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
 def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype: str = "auto", rank: int = 0) -> Device:
     """Decide type, quantisation and attention from what a machine can do.
 
@@ -235,6 +250,7 @@ def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype:
     )
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
 def find_device(four_bit: bool, dtype: str = "auto") -> Device:
     """`device_policy` with the facts of this machine. Each process of a distributed run takes its own GPU."""
     import torch
@@ -251,6 +267,7 @@ def find_device(four_bit: bool, dtype: str = "auto") -> Device:
     return device_policy("cpu", features.get("avx512_bf16") or features.get("amx_bf16"), False, four_bit, dtype)
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
 @contextmanager
 def explaining(what: str, name: str) -> Iterator[None]:
     """Turn a failed download or a broken folder into one line that says what to do."""
@@ -258,20 +275,18 @@ def explaining(what: str, name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0][:300]
+    except Exception as error:  # for a cut or foreign file the libraries raise what they like (SafetensorError, ...)
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         mend = (
-            ""
-            if Path(name).exists()
-            else (
-                ". On the hub: check the name and the network (HF_ENDPOINT sets a mirror); for a gated model log in "
-                "with 'hf auth login'; without the hub, pass a local folder"
-            )
+            "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated model, "
+            "log in with 'hf auth login'; or pass a local folder"
         )
+        mend = "" if Path(name).exists() else mend
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
 
 
-def model_faults(name: str) -> list[str]:
+# Same in: evaluate.py, inference.py, chat.py, merge_model.py
+def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> list[str]:
     """What keeps `name` from being a model to load, one line each, seen from its files alone."""
     path = Path(name)
     if path.is_file():
@@ -280,7 +295,7 @@ def model_faults(name: str) -> list[str]:
         return [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
     if not path.is_dir():
         looks_local = name.count("/") != 1 or name.startswith((".", "/"))
-        return [f"{name}: no such folder. Train one with qwen_finetuning.py, or pass --model"] if looks_local else []
+        return [f"{name}: no such folder. {mend}"] if looks_local else []
     if not any(path.glob("*.safetensors")):
         return [f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"]
     settings = path / "adapter_config.json"
@@ -289,16 +304,19 @@ def model_faults(name: str) -> list[str]:
             [] if (path / "config.json").is_file() else [f"{name}: neither adapter_config.json nor config.json in it"]
         )
     try:
-        base = (
-            read_run(path).get("base_model")
-            or json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        )
-    except (UserError, OSError, ValueError, KeyError) as error:
-        return [f"{settings}: can not be read: {error}"]
-    faults = [] if Path(base).exists() else model_faults(base)
+        adapter = json.loads(settings.read_text(encoding="utf-8"))
+        if not isinstance(adapter, dict):
+            raise TypeError("expected an object")
+        base = str(read_run(path).get("base_model") or adapter["base_model_name_or_path"])
+    except UserError as error:
+        return [str(error)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{settings}: not the settings of an adapter ({error}); take it from the training's output again"]
+    faults = model_faults(base, "Put it there, or start from the folder where the training was started")
     return [f"{name} is an adapter whose base model is missing: {fault}" for fault in faults]
 
 
+# Same in: evaluate.py, inference.py, chat.py, merge_model.py
 def read_run(folder: Path) -> dict:
     """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none."""
     path = folder / "finetune_config.json"
@@ -306,14 +324,17 @@ def read_run(folder: Path) -> dict:
         return {}
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(run, dict)
+        parts = [run, *(run.get(key, {}) for key in ("settings", "chat_template", "dataset"))]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError("expected objects")
         return run
-    except (ValueError, AssertionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path}: not the record of a run ({error}); take it from the training's output again"
         ) from None
 
 
+# Same in: evaluate.py, inference.py, chat.py
 def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: bool):
     """A model to talk to, its tokenizer, and the record of the run that made it ({} where there is none).
 
@@ -329,7 +350,7 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
     base, revision = name, None
     if adapter:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base, revision = run.get("base_model", settings["base_model_name_or_path"]), run.get("base_revision")
+        base, revision = run.get("base_model") or settings["base_model_name_or_path"], run.get("base_revision")
     if load_in_4bit is None:
         load_in_4bit = adapter and bool(run.get("settings", {}).get("load_in_4bit"))
     source = {"pretrained_model_name_or_path": base, "revision": revision or "main"}
@@ -339,12 +360,16 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
 
     places = [folder, Path(run.get("settings", {}).get("tokenizer_dir", "Qwen_finetuning_tokenizer"))]
     beside = [place for place in places if (place / "tokenizer_config.json").is_file()] if folder.is_dir() else []
-    with explaining("tokenizer", str(beside[0]) if beside else base):
-        tokenizer = AutoTokenizer.from_pretrained(beside[0]) if beside else AutoTokenizer.from_pretrained(**source)
-    if not tokenizer.chat_template:
-        raise UserError(f"{name}: its tokenizer has no chat template; take the model's chat (Instruct) form")
     trained = run.get("chat_template", {})
-    if trained and fingerprint(tokenizer) != {key: trained.get(key) for key in ("sha256", "probe_ids")}:
+    with explaining("tokenizer", str(beside[0]) if beside else base):
+        if beside:
+            tokenizer = AutoTokenizer.from_pretrained(beside[0], trust_remote_code=trust_remote_code)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+        if not tokenizer.chat_template:
+            raise UserError(f"{name}: its tokenizer has no chat template; take the model's chat (Instruct) form")
+        same = not trained or fingerprint(tokenizer) == {key: trained.get(key) for key in ("sha256", "probe_ids")}
+    if not same:
         raise UserError(
             f"{name}: the tokenizer in {beside[0] if beside else base} does not write conversations as the training "
             "did (its fingerprint differs from finetune_config.json); put the training's own tokenizer beside the model"
@@ -358,15 +383,18 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
         )
     elif "gguf_file" in source:
         quantization = GgufConfig(dequantize=True)
-    with explaining("model", base):
-        model = AutoModelForCausalLM.from_pretrained(
+    with explaining("base model" if adapter else "model", base):
+        model, report = AutoModelForCausalLM.from_pretrained(
             **source,
+            output_loading_info=True,
             dtype=dtype,
             quantization_config=quantization,
             attn_implementation=device.attention,
             device_map=device.device_map,
             use_safetensors=True,
         )
+        if missing := sorted(report["missing_keys"]):  # the library fills them with random numbers and goes on
+            raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
     if adapter:
         from peft import PeftModel
 
@@ -380,11 +408,13 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
     return model, tokenizer, run
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
 def is_main_process() -> bool:
     """Whether this process may speak and write; torchrun and accelerate set RANK."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
 def quiet_libraries() -> None:
     """Their warnings would stand between a person and the lines that matter; errors still show."""
     import logging
@@ -392,17 +422,20 @@ def quiet_libraries() -> None:
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty() or not is_main_process():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a bar belongs on a terminal, not in a log file
     for name in ("transformers", "trl", "accelerate", "bitsandbytes", "peft", "torch", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)")
+    warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT would go on with half an adapter
 
 
 # ------------------------------------------------------------------------------------------ the answer
 
 
+# Same in: evaluate.py, inference.py, chat.py
 def generation_options(config: Config, prompt_length: int) -> dict:
     """The decoding settings for `generate`. The penalties count what the model writes, not the words of the prompt."""
     from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
@@ -431,6 +464,7 @@ def generation_options(config: Config, prompt_length: int) -> dict:
     }
 
 
+# Same in: inference.py, chat.py
 def safe_streamer(tokenizer: PreTrainedTokenizerBase):
     """A TextStreamer that writes the answer to stdout as it comes, and keeps it in `.text`.
 
@@ -452,7 +486,8 @@ def main(config: Config) -> None:
     if faults := model_faults(config.model):
         raise UserError("\n".join(faults))
     instruction = config.instruction
-    if instruction == INSTRUCTION and not sys.stdin.isatty():
+    if instruction == INSTRUCTION and sys.stdin and not sys.stdin.isatty():
+        sys.stdin.reconfigure(errors="replace")
         instruction = sys.stdin.read().strip() or instruction
     quiet_libraries()
     model, tokenizer, run = load_chat_model(config.model, config.load_in_4bit, config.trust_remote_code)
@@ -466,6 +501,12 @@ def main(config: Config) -> None:
         prompt = encode_prompt([*messages, {"role": "user", "content": question}], tokenizer)
     except ValueError as error:
         raise UserError(str(error)) from None
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - len(prompt)
+    if room < 1:
+        raise UserError(
+            f"the question takes {len(prompt)} tokens, {1 - room} more than this model can read; shorten it"
+        )
+    config.max_new_tokens = min(config.max_new_tokens, room)
     torch.manual_seed(config.seed)
     input_ids = torch.tensor([prompt], device=model.device)
     started = time.monotonic()

@@ -56,6 +56,7 @@ HELD_OUT_ROWS = 32  # enough to tell the candidates apart
 # ----------------------------------------------------------------------------------------- settings
 
 
+# Same in: all nine scripts
 def setting(default, help: str, **extra):
     """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
     return field(default=default, metadata={"help": help, **extra})
@@ -75,6 +76,8 @@ class Config:
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
 
 
+# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py, evaluate.py, inference.py, chat.py,
+#   merge_model.py
 def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
 
@@ -113,10 +116,12 @@ def parse_args(argv: list[str] | None = None) -> Config:
 # -------------------------------------------------------------------------------------------- files
 
 
+# Same in: all nine scripts
 class UserError(Exception):
     """A person's mistake: shown as it is, without a traceback."""
 
 
+# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py, evaluate.py, merge_model.py
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
     """Write beside `path` and take its place only at the end, so that it is never half written."""
@@ -130,10 +135,11 @@ def replacing(path: Path) -> Iterator[IO[str]]:
         partial.unlink(missing_ok=True)
 
 
+# Same in: qwen_finetuning.py, merge_model.py
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Fill a new folder beside `folder` and let it take its place only when it is whole."""
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(f".{folder.name}.old")
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -148,12 +154,14 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+# Same in: qwen_finetuning.py, evaluate.py, merge_model.py
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON file whole or not at all."""
     with replacing(path) as file:
         json.dump(value, file, ensure_ascii=False, indent=2)
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
 @contextmanager
 def explaining(what: str, name: str) -> Iterator[None]:
     """Turn a failed download or a broken folder into one line that says what to do."""
@@ -161,20 +169,18 @@ def explaining(what: str, name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0][:300]
+    except Exception as error:  # for a cut or foreign file the libraries raise what they like (SafetensorError, ...)
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         mend = (
-            ""
-            if Path(name).exists()
-            else (
-                ". On the hub: check the name and the network (HF_ENDPOINT sets a mirror); for a gated model log in "
-                "with 'hf auth login'; without the hub, pass a local folder"
-            )
+            "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated model, "
+            "log in with 'hf auth login'; or pass a local folder"
         )
+        mend = "" if Path(name).exists() else mend
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
 
 
-def model_faults(name: str) -> list[str]:
+# Same in: evaluate.py, inference.py, chat.py, merge_model.py
+def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> list[str]:
     """What keeps `name` from being a model to load, one line each, seen from its files alone."""
     path = Path(name)
     if path.is_file():
@@ -183,7 +189,7 @@ def model_faults(name: str) -> list[str]:
         return [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
     if not path.is_dir():
         looks_local = name.count("/") != 1 or name.startswith((".", "/"))
-        return [f"{name}: no such folder. Train one with qwen_finetuning.py, or pass --model"] if looks_local else []
+        return [f"{name}: no such folder. {mend}"] if looks_local else []
     if not any(path.glob("*.safetensors")):
         return [f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"]
     settings = path / "adapter_config.json"
@@ -192,16 +198,19 @@ def model_faults(name: str) -> list[str]:
             [] if (path / "config.json").is_file() else [f"{name}: neither adapter_config.json nor config.json in it"]
         )
     try:
-        base = (
-            read_run(path).get("base_model")
-            or json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        )
-    except (UserError, OSError, ValueError, KeyError) as error:
-        return [f"{settings}: can not be read: {error}"]
-    faults = [] if Path(base).exists() else model_faults(base)
+        adapter = json.loads(settings.read_text(encoding="utf-8"))
+        if not isinstance(adapter, dict):
+            raise TypeError("expected an object")
+        base = str(read_run(path).get("base_model") or adapter["base_model_name_or_path"])
+    except UserError as error:
+        return [str(error)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{settings}: not the settings of an adapter ({error}); take it from the training's output again"]
+    faults = model_faults(base, "Put it there, or start from the folder where the training was started")
     return [f"{name} is an adapter whose base model is missing: {fault}" for fault in faults]
 
 
+# Same in: evaluate.py, inference.py, chat.py, merge_model.py
 def read_run(folder: Path) -> dict:
     """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none."""
     path = folder / "finetune_config.json"
@@ -209,14 +218,17 @@ def read_run(folder: Path) -> dict:
         return {}
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(run, dict)
+        parts = [run, *(run.get(key, {}) for key in ("settings", "chat_template", "dataset"))]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError("expected objects")
         return run
-    except (ValueError, AssertionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path}: not the record of a run ({error}); take it from the training's output again"
         ) from None
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
     """What tells two chat formats apart: the template's SHA-256 and the token ids of one fixed conversation."""
     template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
@@ -224,23 +236,43 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
     return {"sha256": hashlib.sha256(template.encode()).hexdigest(), "probe_ids": list(probe_ids)}
 
 
-def file_faults(config: Config) -> list[str]:
+def read_adapter(folder: Path) -> dict:
+    """PEFT's own settings of an adapter, from `adapter_config.json`."""
+    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+
+
+def merge_faults(config: Config) -> list[str]:
     """What is wrong with the folders that the settings name, one line each."""
     if not (config.adapter / "adapter_config.json").is_file():
         return [f"{config.adapter}: no adapter there (no adapter_config.json); pass --adapter"]
     faults = model_faults(str(config.adapter))
+    if not faults and read_adapter(config.adapter).get("peft_type") != "LORA":
+        faults.append(f"{config.adapter}: no LoRA adapter; only those are merged here")
+    four_bit = not faults and read_run(config.adapter).get("settings", {}).get("load_in_4bit")
+    if not faults and not four_bit and config.base_weights == "dequantized":
+        faults.append("--base_weights dequantized: this adapter was not trained on 4-bit weights; take original")
     if config.output.exists() and "merged" not in read_run(config.output):
         faults.append(f"{config.output} exists and is no merged model of this script; pass another --output")
     return faults
 
 
-def held_out_rows(run: dict) -> list[dict]:
-    """The rows that training held out, as `input_ids` and `labels`, from the file it left; [] without one."""
-    path = Path(run.get("held_out_file", ""))
-    if not path.is_file():
-        return []
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for _, line in zip(range(HELD_OUT_ROWS), lines, strict=False)]
+def rows_to_measure(adapter: Path, run: dict) -> list[dict]:
+    """The first rows that training held out, as `input_ids` and `labels`, from the file it left; [] without one.
+
+    Raises UserError with file:line for one that can not be read.
+    """
+    places = [adapter.parent / "held_out.jsonl", Path(run.get("held_out_file", ""))]  # the first also after a move
+    path = next((path for path in places if path.is_file()), None)
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:HELD_OUT_ROWS] if path else [], 1):
+        try:
+            row = json.loads(line)
+            rows.append({"input_ids": list(row["input_ids"]), "labels": list(row["labels"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}:{number}: no row of input_ids and labels ({error}); delete the file to merge without measuring"
+            ) from None
+    return rows
 
 
 # --------------------------------------------------------------------------------------- the merge
@@ -250,33 +282,35 @@ class Merge:
     """Loads the base model as often as it takes: quantised, dequantised or as it is, with or without the adapter."""
 
     def __init__(self, config: Config, run: dict):
-        settings = json.loads((config.adapter / "adapter_config.json").read_text(encoding="utf-8"))
         self.adapter, self.trust_remote_code = str(config.adapter), config.trust_remote_code
-        self.base = run.get("base_model", settings["base_model_name_or_path"])
+        self.base = run.get("base_model") or read_adapter(config.adapter)["base_model_name_or_path"]
         self.revision = run.get("base_revision") or "main"
-        self.four_bit = bool(run.get("settings", {}).get("load_in_4bit"))
+        settings = run.get("settings", {})
+        self.four_bit, self.dtype = bool(settings.get("load_in_4bit")), settings.get("dtype", "auto")
 
     def load(self, four_bit: bool) -> PreTrainedModel:
-        """The base model on the CPU, 4-bit or in bfloat16."""
+        """The base model on the CPU, in 4 bits as training loads it or in its own type."""
         import torch
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+        compute = torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype)
         quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
         )
-        with explaining("model", self.base):
-            return AutoModelForCausalLM.from_pretrained(
+        with explaining("base model", self.base):
+            model, report = AutoModelForCausalLM.from_pretrained(
                 self.base,
                 revision=self.revision,
-                dtype=torch.bfloat16,
+                dtype=compute if four_bit else "auto",
                 quantization_config=quantization if four_bit else None,
                 device_map={"": "cpu"},
                 use_safetensors=True,
                 trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
             )
+            if missing := sorted(report["missing_keys"]):  # the library fills them with random numbers and goes on
+                raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
+        return model
 
     def with_adapter(self, base_weights: str) -> PreTrainedModel:
         """Base with the adapter beside it: `quantized` as it was trained, `dequantized` or `original` in 16 bits."""
@@ -295,17 +329,15 @@ class Merge:
 
         One layer at a time is in float32, so that the peak is little above the 16-bit model.
         """
-        import torch
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         model = self.with_adapter(base_weights)
         for module in model.modules():
-            if hasattr(module, "lora_A"):
-                layer = module.get_base_layer()
-                with torch.no_grad():
-                    weight = layer.weight.float() + module.get_delta_weight("default").float()
-                    layer.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
-        model = model.unload()  # takes the adapter layers out; the sums stay
-        return model.to(dtype)
+            if isinstance(module, BaseTunerLayer):
+                module.get_base_layer().float()
+                module.merge()
+                module.get_base_layer().to(dtype)
+        return model.unload().to(dtype)  # takes the adapter layers out; the sums stay
 
 
 def run_in_float32(model: PreTrainedModel) -> PreTrainedModel:
@@ -318,6 +350,9 @@ def run_in_float32(model: PreTrainedModel) -> PreTrainedModel:
         bias = None if module.bias is None else module.bias.float()
         return torch.nn.functional.linear(x.float(), weight.T if isinstance(module, Conv1D) else weight, bias)
 
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):  # kept narrow where it shares its weight with the output layer
+            module.register_forward_hook(lambda module, args, output: output.float())
     wide = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     for module in wide:
         module.forward = forward.__get__(module)
@@ -335,9 +370,10 @@ def logits_on_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
     parts = []
     for prompt in PROMPTS:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-        )
+        ids = tokenizer(prompt).input_ids
+        if tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}]
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         with torch.inference_mode():
             parts.append(model(torch.tensor([ids], device=model.device), use_cache=False).logits[0].float())
     return torch.cat(parts)
@@ -357,6 +393,7 @@ def compare(reference: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
     }
 
 
+# Same in: qwen_finetuning.py, evaluate.py, merge_model.py
 def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: int = 2048) -> float:
     """Mean of -log p over all supervised tokens of all rows, in nats per token; NaN without rows.
 
@@ -389,12 +426,17 @@ def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: 
     return total / count if count else math.nan
 
 
+def is_finite(model: PreTrainedModel) -> bool:
+    """Whether all weights are numbers: float16 ends at 65504, and a training that went astray leaves NaN."""
+    return all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def choose(merge: Merge, config: Config, rows: list[dict]) -> tuple[str, str, list[dict]]:
     """(base weights, dtype, table of measured losses) for the merge.
 
     With held-out rows and something left to choose, each candidate is made and its loss measured. The one closest to
     the loss of the function that was trained wins: what was judged is what is kept. (A lower loss on another base is
-    luck on few rows, as a higher one is.)
+    luck on few rows, as a higher one is.) Raises UserError where the adapter itself is broken.
     """
     import torch
 
@@ -403,28 +445,26 @@ def choose(merge: Merge, config: Config, rows: list[dict]) -> tuple[str, str, li
     dtypes = ["float16", "bfloat16"] if config.dtype == "auto" else [config.dtype]
     if len(bases) * len(dtypes) == 1:
         return bases[0], dtypes[0], []
-    table = []
-    if rows:
-        trained = merge.with_adapter("quantized" if merge.four_bit else "original")
-        table.append({"base_weights": "as trained", "dtype": "adapter", "loss": held_out_loss(trained, rows)})
-        del trained
-    for base in bases:
-        for dtype in dtypes:
-            if not rows and (base, dtype) != (bases[-1], dtypes[0]):
-                continue  # nothing to measure with: only see whether the first choice can be stored
-            model = merge.merged(base, getattr(torch, dtype))
-            if not all(parameter.isfinite().all() for parameter in model.parameters()):
-                table.append({"base_weights": base, "dtype": dtype, "loss": math.inf})  # a weight overflows
-            else:
-                table.append({"base_weights": base, "dtype": dtype, "loss": held_out_loss(model, rows)})
-            del model
     if not rows:
-        dtype = dtypes[0] if table[-1]["loss"] != math.inf else dtypes[-1]
-        print(f"no held-out rows to measure with: taking {bases[-1]} base weights and {dtype}")
-        return bases[-1], dtype, []
+        fits = len(dtypes) == 1 or is_finite(merge.merged(bases[-1], torch.float16))
+        base, dtype = bases[-1], dtypes[0 if fits else -1]
+        print(f"no held-out rows to measure with: taking {base} base weights and {dtype}")
+        return base, dtype, []
+
     print(f"{'base weights':<14}{'stored as':<11}loss on {len(rows)} held-out rows")
-    for entry in table:
-        print(f"{entry['base_weights']:<14}{entry['dtype']:<11}{entry['loss']:.4f}")
+    table = []
+    for base, dtype in [("as trained", "adapter"), *((base, dtype) for base in bases for dtype in dtypes)]:
+        if not table:
+            model = merge.with_adapter("quantized" if merge.four_bit else "original")
+        else:
+            model = merge.merged(base, getattr(torch, dtype))
+        loss = held_out_loss(model, rows)
+        loss = loss if math.isfinite(loss) and is_finite(model) else math.inf  # a weight or a sum overflows
+        table.append({"base_weights": base, "dtype": dtype, "loss": loss})
+        print(f"{base:<14}{dtype:<11}{loss:.4f}", flush=True)
+        if table[0]["loss"] == math.inf:
+            raise UserError(f"{merge.adapter}: its loss is no number, so the adapter is broken; take a checkpoint")
+        del model
     best = min(table[1:], key=lambda entry: abs(entry["loss"] - table[0]["loss"]))
     return best["base_weights"], best["dtype"], table
 
@@ -456,7 +496,7 @@ CARD = """---
 base_model: {base}
 library_name: transformers
 ---
-# {name}
+# Merged model
 
 An adapter from supervised fine-tuning, merged into `{base}`.
 
@@ -469,11 +509,13 @@ An adapter from supervised fine-tuning, merged into `{base}`.
 """
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
 def is_main_process() -> bool:
     """Whether this process may speak and write; torchrun and accelerate set RANK."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
+# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
 def quiet_libraries() -> None:
     """Their warnings would stand between a person and the lines that matter; errors still show."""
     import logging
@@ -481,58 +523,77 @@ def quiet_libraries() -> None:
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty() or not is_main_process():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a bar belongs on a terminal, not in a log file
     for name in ("transformers", "trl", "accelerate", "bitsandbytes", "peft", "torch", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)")
+    warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT would go on with half an adapter
+
+
+def write_folder(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: dict) -> None:
+    """Save model, tokenizer, the run's record and a model card."""
+    generation = model.generation_config
+    if not generation.do_sample:  # saving refuses sampling settings that nothing uses, and some models have them
+        generation.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
+    ends = generation.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    ends |= set(run.get("chat_template", {}).get("end_of_turn_ids", []))
+    generation.eos_token_id = sorted(ends - {None})
+    model.save_pretrained(folder, max_shard_size="5GB")
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "finetune_config.json", run)
+    merged, dataset = run["merged"], run.get("dataset", {})
+    card = CARD.format(
+        base=run["base_model"],
+        base_weights=merged["base_weights"],
+        why=" (4-bit NF4, as in training)" if merged["base_weights"] == "dequantized" else "",
+        dtype=merged["dtype"],
+        rows=dataset.get("rows", "unknown"),
+        sha256=dataset.get("sha256", "unknown"),
+        loss=run.get("result", {}).get("loss_after", "unknown"),
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def main(config: Config) -> None:
-    if faults := file_faults(config):
+    if faults := merge_faults(config):
         raise UserError("\n".join(faults))
     run = read_run(config.adapter)
-    if config.base_weights == "dequantized" and not run.get("settings", {}).get("load_in_4bit"):
-        raise UserError("--base_weights dequantized: this adapter was not trained on 4-bit weights; take original")
+    rows = rows_to_measure(config.adapter, run)
     quiet_libraries()
 
     import torch
     from transformers import AutoTokenizer
 
-    with explaining("tokenizer", str(config.adapter)):
-        tokenizer = AutoTokenizer.from_pretrained(config.adapter)
-    trained = run.get("chat_template", {})
-    if trained and fingerprint(tokenizer) != {key: trained.get(key) for key in ("sha256", "probe_ids")}:
-        raise UserError(f"{config.adapter}: its tokenizer does not write conversations as the training did")
-
     merge = Merge(config, run)
-    base_weights, dtype, table = choose(merge, config, held_out_rows(run))
+    trained = run.get("chat_template", {})
+    place = str(config.adapter) if (config.adapter / "tokenizer_config.json").is_file() else merge.base
+    with explaining("tokenizer", place):
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code)
+        same = not trained or fingerprint(tokenizer) == {key: trained.get(key) for key in ("sha256", "probe_ids")}
+    if not same:
+        raise UserError(f"{config.adapter}: the tokenizer in {place} does not write conversations as the training did")
+
+    base_weights, dtype, table = choose(merge, config, rows)
     model = merge.merged(base_weights, getattr(torch, dtype))
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    if not is_finite(model):
         raise UserError(f"a weight does not fit in {dtype} (or the adapter holds NaN); try --dtype bfloat16")
-    stop = model.generation_config.eos_token_id
-    stop = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id, *trained.get("end_of_turn_ids", [])}
-    model.generation_config.eos_token_id = sorted(stop - {None})
+    for entry in table:
+        entry["loss"] = entry["loss"] if math.isfinite(entry["loss"]) else None  # JSON has no infinity
+    run["base_model"] = merge.base
     run["merged"] = {"base_weights": base_weights, "dtype": dtype, "measured": table}
-    with replacing_folder(config.output) as partial:
-        model.save_pretrained(partial, max_shard_size="5GB")
-        del model
-        tokenizer.save_pretrained(partial)
-        if config.verify:
-            run["merged"]["verified"] = verify(merge, partial, base_weights, dtype, tokenizer)
-        write_json(partial / "finetune_config.json", run)
-        card = CARD.format(
-            base=merge.base,
-            name=config.output.name,
-            base_weights=base_weights,
-            why=" (4-bit NF4, as in training)" if base_weights == "dequantized" else "",
-            dtype=dtype,
-            rows=run.get("dataset", {}).get("rows", "unknown"),
-            sha256=run.get("dataset", {}).get("sha256", "unknown"),
-            loss=run.get("result", {}).get("loss_after", "unknown"),
-        )
-        (partial / "README.md").write_text(card, encoding="utf-8")
+    try:
+        with replacing_folder(config.output) as partial:
+            write_folder(partial, model, tokenizer, run)
+            del model  # before two others are loaded
+            if config.verify:
+                run["merged"]["verified"] = verify(merge, partial, base_weights, dtype, tokenizer)
+                write_json(partial / "finetune_config.json", run)
+    except OSError as error:
+        raise UserError(f"{config.output} can not be written: {error}") from None
     print(f"merged: {config.output}  ({base_weights} base weights, {dtype})")
     print(f"try it: python inference.py --model {config.output}")
 

@@ -2,13 +2,11 @@
 
     python sft_basics.py --model_name models/SmolLM2-135M-Instruct --max_length 128   # both formats, on two CPU cores
     python sft_basics.py --no-instruction_mode --keep_eos --eval_ratio 0.25           # one format alone, done better
-    accelerate launch --multi_gpu --num_processes 2 sft_basics.py --batch_size 1      # the same steps in two processes
+    accelerate launch --multi_gpu --num_processes 2 sft_basics.py --batch_size 1      # two processes, on CPUs too
 
 Reads   its own EXAMPLE_PAIRS, each as one text:   指令：翻译成英文 / 输入：我喜欢读书。 / 回答：I like reading.
 Writes  output_dir/instruction, output_dir/sft:    the model, its tokenizer and trainer_state.json, which ends with
                                                    {"eval_loss": 2.35, "answer_loss": 3.04, "supervised_eos": 0, ...}
-
-On CPUs, too, --multi_gpu is what makes accelerate start more than one process.
 
 It trains every weight, in float32. There are no role markers in its texts (user, assistant): how a chat model is
 tuned on its own chat template, with loss on the answers alone, stands in qwen_finetuning.py.
@@ -82,7 +80,7 @@ class FinetuneConfig:
     batch_size: int = setting(2, "rows a step, in each process", low=1)
     warmup_steps: int = setting(3, "steps in which the learning rate rises", low=0)
     instruction_mode: bool = setting(True, "this format alone (--no-: the plain one alone); unsaid: both in turn")
-    max_length: int = setting(512, "tokens a row, padded or cut", low=8)
+    max_length: int = setting(512, "tokens a row, padded or cut", low=32)
     keep_eos: bool = setting(False, "end each text with EOS and give it a label, so that the model learns to stop")
     eval_ratio: float = setting(0.0, "share of rows held out; 0 evaluates on the training rows", low=0, high=0.9)
 

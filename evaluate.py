@@ -254,16 +254,13 @@ def explaining(what: str, name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0][:300]
+    except Exception as error:  # for a cut or foreign file the libraries raise what they like (SafetensorError, ...)
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         mend = (
-            ""
-            if Path(name).exists()
-            else (
-                ". On the hub: check the name and the network (HF_ENDPOINT sets a mirror); for a gated model log in "
-                "with 'hf auth login'; without the hub, pass a local folder"
-            )
+            "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated model, "
+            "log in with 'hf auth login'; or pass a local folder"
         )
+        mend = "" if Path(name).exists() else mend
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
 
 
@@ -295,12 +292,14 @@ def quiet_libraries() -> None:
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty() or not is_main_process():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a bar belongs on a terminal, not in a log file
     for name in ("transformers", "trl", "accelerate", "bitsandbytes", "peft", "torch", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)")
+    warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT would go on with half an adapter
 
 
 # --------------------------------------------------------------------- from a record to ids and labels
@@ -517,7 +516,7 @@ def stop_for(faults: list[str], go_on: bool) -> None:
 # ------------------------------------------------------------------------------------------- the rows
 
 
-def held_out_rows(config: Config, run: dict) -> tuple[list[dict], dict]:
+def rows_to_judge(config: Config, run: dict) -> tuple[list[dict], dict]:
     """The rows to judge by, and what metrics.json says of the dataset.
 
     On the dataset of the training these are the rows whose digests the training stored. On any other, or without a
@@ -674,7 +673,7 @@ def find_device(four_bit: bool, dtype: str = "auto") -> Device:
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py
-def model_faults(name: str) -> list[str]:
+def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> list[str]:
     """What keeps `name` from being a model to load, one line each, seen from its files alone."""
     path = Path(name)
     if path.is_file():
@@ -683,7 +682,7 @@ def model_faults(name: str) -> list[str]:
         return [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
     if not path.is_dir():
         looks_local = name.count("/") != 1 or name.startswith((".", "/"))
-        return [f"{name}: no such folder. Train one with qwen_finetuning.py, or pass --model"] if looks_local else []
+        return [f"{name}: no such folder. {mend}"] if looks_local else []
     if not any(path.glob("*.safetensors")):
         return [f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"]
     settings = path / "adapter_config.json"
@@ -692,13 +691,15 @@ def model_faults(name: str) -> list[str]:
             [] if (path / "config.json").is_file() else [f"{name}: neither adapter_config.json nor config.json in it"]
         )
     try:
-        base = (
-            read_run(path).get("base_model")
-            or json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        )
-    except (UserError, OSError, ValueError, KeyError) as error:
-        return [f"{settings}: can not be read: {error}"]
-    faults = [] if Path(base).exists() else model_faults(base)
+        adapter = json.loads(settings.read_text(encoding="utf-8"))
+        if not isinstance(adapter, dict):
+            raise TypeError("expected an object")
+        base = str(read_run(path).get("base_model") or adapter["base_model_name_or_path"])
+    except UserError as error:
+        return [str(error)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{settings}: not the settings of an adapter ({error}); take it from the training's output again"]
+    faults = model_faults(base, "Put it there, or start from the folder where the training was started")
     return [f"{name} is an adapter whose base model is missing: {fault}" for fault in faults]
 
 
@@ -710,9 +711,11 @@ def read_run(folder: Path) -> dict:
         return {}
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(run, dict)
+        parts = [run, *(run.get(key, {}) for key in ("settings", "chat_template", "dataset"))]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError("expected objects")
         return run
-    except (ValueError, AssertionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path}: not the record of a run ({error}); take it from the training's output again"
         ) from None
@@ -734,7 +737,7 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
     base, revision = name, None
     if adapter:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base, revision = run.get("base_model", settings["base_model_name_or_path"]), run.get("base_revision")
+        base, revision = run.get("base_model") or settings["base_model_name_or_path"], run.get("base_revision")
     if load_in_4bit is None:
         load_in_4bit = adapter and bool(run.get("settings", {}).get("load_in_4bit"))
     source = {"pretrained_model_name_or_path": base, "revision": revision or "main"}
@@ -744,12 +747,16 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
 
     places = [folder, Path(run.get("settings", {}).get("tokenizer_dir", "Qwen_finetuning_tokenizer"))]
     beside = [place for place in places if (place / "tokenizer_config.json").is_file()] if folder.is_dir() else []
-    with explaining("tokenizer", str(beside[0]) if beside else base):
-        tokenizer = AutoTokenizer.from_pretrained(beside[0]) if beside else AutoTokenizer.from_pretrained(**source)
-    if not tokenizer.chat_template:
-        raise UserError(f"{name}: its tokenizer has no chat template; take the model's chat (Instruct) form")
     trained = run.get("chat_template", {})
-    if trained and fingerprint(tokenizer) != {key: trained.get(key) for key in ("sha256", "probe_ids")}:
+    with explaining("tokenizer", str(beside[0]) if beside else base):
+        if beside:
+            tokenizer = AutoTokenizer.from_pretrained(beside[0], trust_remote_code=trust_remote_code)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+        if not tokenizer.chat_template:
+            raise UserError(f"{name}: its tokenizer has no chat template; take the model's chat (Instruct) form")
+        same = not trained or fingerprint(tokenizer) == {key: trained.get(key) for key in ("sha256", "probe_ids")}
+    if not same:
         raise UserError(
             f"{name}: the tokenizer in {beside[0] if beside else base} does not write conversations as the training "
             "did (its fingerprint differs from finetune_config.json); put the training's own tokenizer beside the model"
@@ -763,15 +770,18 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
         )
     elif "gguf_file" in source:
         quantization = GgufConfig(dequantize=True)
-    with explaining("model", base):
-        model = AutoModelForCausalLM.from_pretrained(
+    with explaining("base model" if adapter else "model", base):
+        model, report = AutoModelForCausalLM.from_pretrained(
             **source,
+            output_loading_info=True,
             dtype=dtype,
             quantization_config=quantization,
             attn_implementation=device.attention,
             device_map=device.device_map,
             use_safetensors=True,
         )
+        if missing := sorted(report["missing_keys"]):  # the library fills them with random numbers and goes on
+            raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
     if adapter:
         from peft import PeftModel
 
@@ -1193,7 +1203,7 @@ td {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 # ------------------------------------------------------------------------------------------- the run
 
 
-def file_faults(config: Config, run: dict) -> list[str]:
+def path_faults(config: Config, run: dict) -> list[str]:
     """What is wrong with the files that the settings name, one line each."""
     faults = model_faults(config.model)
     source = config.dataset_path or run.get("dataset", {}).get("path") or DATASET
@@ -1211,10 +1221,10 @@ def file_faults(config: Config, run: dict) -> list[str]:
 
 def main(config: Config) -> None:
     run = read_run(Path(config.model))
-    if faults := file_faults(config, run):
+    if faults := path_faults(config, run):
         raise UserError("\n".join(faults))
     quiet_libraries()
-    rows, about = held_out_rows(config, run)
+    rows, about = rows_to_judge(config, run)
     library = load_metrics(config.metrics)
     model, tokenizer, _ = load_chat_model(config.model, config.load_in_4bit, config.trust_remote_code)
     limit = config.max_seq_length or run.get("max_seq_length") or 2048
@@ -1255,7 +1265,7 @@ def main(config: Config) -> None:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
     with replacing(config.output_dir / "report.html") as file:
         file.write(report(f"Evaluation of {config.model}", sides, lengths, limit, predictions))
-    write_json(config.output_dir / "metrics.json", metrics)
+    write_json(config.output_dir / "metrics.json", plain(metrics))
     unfinished.unlink()
     for cells in table(sides):
         print("".join(f"{cell:<26}" for cell in cells).rstrip())

@@ -66,6 +66,16 @@ PROBE = [
     {"role": "user", "content": "Thanks"},
     {"role": "assistant", "content": "Bye"},
 ]
+# How people call settings in a YAML file where that is neither our name nor, as section_key, our name in two parts.
+ALIASES = {"epochs": "num_train_epochs", "lr": "learning_rate", "batch_size": "per_device_train_batch_size"}
+ALIASES |= {"gradient_accumulation": "gradient_accumulation_steps", "max_length": "max_seq_length"}
+ALIASES |= {"lora.rank": "lora_r", "model.path": "model_name", "model.name_or_path": "model_name"}
+ALIASES |= {"data.path": "dataset_path", "warmup": "warmup_steps", "neftune_alpha": "neftune_noise_alpha"}
+COMMAND_LINE_ONLY = ("demo", "config", "dry_run", "resume", "local_rank")  # they tell of one start, not of a run
+# The keys of a file in templates/. `system`, `user` and `assistant` have the message's text at {content}; an assistant
+# turn begins with `generation_prompt`; of `stop_tokens`, which end an answer, the first becomes the tokenizer's eos.
+TEMPLATE = {"source": str, "prefix": str, "default_system": str, "system": str, "user": str, "assistant": str}
+TEMPLATE |= {"generation_prompt": str, "trim": bool, "control_tokens": list, "stop_tokens": list}
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -96,6 +106,8 @@ class FinetuneConfig:
         "layers that get an adapter; where a model has none of these, all linear layers",
     )
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
+    template_path: Path | None = setting(None, "chat format (templates/*.json) where the tokenizer has none")
+    force_template: bool = setting(False, "use template_path also where the tokenizer has one")
     # the data
     dataset_path: str = setting("mixed_finetune_dataset.jsonl", "records: .jsonl or .json file, folder or hub id")
     system_prompt: str = setting(SYSTEM_PROMPT, "system message of records that bring none; '' for none")
@@ -186,35 +198,59 @@ def parse_args(argv: list[str] | None = None) -> FinetuneConfig:
 
 
 def yaml_flags(file: Path) -> list[str]:
-    """The settings of a YAML file as command-line flags, so that both are checked by the same parser.
+    """The settings of a YAML file as command-line flags, so that one parser checks both. Raises UserError.
 
-    Every value is read as the text that stands there, so 2e-4 is a number and `no` in a text is text.
+    A key stands alone (`lora_r: 16`) or in a section (`lora: {r: 16}`). Every value is read as the text that stands
+    there, so 2e-4 is a number and, where text is expected, `no` is text.
     """
+    import difflib
+
     import yaml
 
-    known = {f.name: get_type_hints(FinetuneConfig)[f.name] for f in fields(FinetuneConfig)}
     try:
-        settings = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        text = file.read_text(encoding="utf-8-sig")
+        tags = [event for event in yaml.parse(text, Loader=yaml.BaseLoader) if getattr(event, "tag", None)]
+        root = yaml.compose(text, Loader=yaml.BaseLoader) or yaml.MappingNode("", [])
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{file}: can not be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{file}: expected lines like 'lora_r: 16', found a {type(settings).__name__}")
-    flags = []
-    for key, value in settings.items():
-        if key not in known:
-            import difflib
-
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0)
-            raise UserError(f"{file}: unknown setting {key!r}; the nearest known one is {near[0]!r}")
-        if known[key] is bool:
-            if value.lower() not in ("true", "false", "yes", "no", "on", "off"):
-                raise UserError(f"{file}: {key} is {value!r}; expected true or false")
-            flags.append(f"--{key}" if value.lower() in ("true", "yes", "on") else f"--no-{key}")
-        elif isinstance(value, list):
-            flags += [f"--{key}", *value]
-        else:
-            flags.append(f"--{key}={value}")
-    return flags
+    if tags:
+        raise UserError(f"{file}:{tags[0].start_mark.line + 1}: the tag {tags[0].tag} is refused; write plain values")
+    if root.id != "mapping":
+        raise UserError(f"{file}: expected lines like 'lora_r: 16', found a {root.id}")
+    entries = []
+    for key, value in root.value:
+        entries += [(f"{key.value}.", *pair) for pair in value.value] if value.id == "mapping" else [("", key, value)]
+    parser, defaults, flags = settings_parser(FinetuneConfig, ""), vars(FinetuneConfig()), {}
+    parser.exit_on_error = False
+    for section, key, value in entries:
+        where, key = f"{file}:{key.start_mark.line + 1}", str(key.value)
+        full = section + key
+        names = (key, full.replace(".", "_"), ALIASES.get(full), ALIASES.get(key))
+        name = next((name for name in names if name in defaults), None)
+        if name is None:
+            near = difflib.get_close_matches(full, [*defaults, *ALIASES], n=1, cutoff=0)[0]
+            raise UserError(f"{where}: unknown setting {full!r}; the nearest known one is {near!r}")
+        if name in flags or name in COMMAND_LINE_ONLY:
+            raise UserError(f"{where}: {name} {'is set twice' if name in flags else 'belongs on the command line'}")
+        texts = [item.value for item in value.value] if value.id == "sequence" else [value.value]
+        several = value.id == "sequence" and isinstance(defaults[name], tuple)
+        if not (several or value.id == "scalar") or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where}: {name}: expected one value, found a {value.id}")
+        flags[name] = [f"--{name}", *texts] if several else [f"--{name}={texts[0]}"]
+        if not several and value.style is None and texts[0] in ("", "null", "~"):  # bare, not in quotes
+            flags[name] = []
+            if defaults[name] is not None:
+                raise UserError(f"{where}: {name} has no value; leave the line out, or write '' for an empty text")
+        elif isinstance(defaults[name], bool):
+            no = {"true": "", "yes": "", "on": "", "false": "no-", "no": "no-", "off": "no-"}.get(texts[0].lower())
+            if no is None:
+                raise UserError(f"{where}: {name} is {texts[0]!r}; expected true or false")
+            flags[name] = [f"--{no}{name}"]
+        try:
+            parser.parse_args(flags[name])
+        except argparse.ArgumentError as error:
+            raise UserError(f"{where}: {error}") from None
+    return sum(flags.values(), [])
 
 
 def setting_faults(config: FinetuneConfig) -> list[str]:
@@ -225,14 +261,23 @@ def setting_faults(config: FinetuneConfig) -> list[str]:
     )
     values = {name: getattr(config, name) for name in positive}
     faults = [f"--{name} is {value}; it must be above 0" for name, value in values.items() if not value > 0]
+    for name in ("split_seed", "seed", "warmup_steps", "neftune_noise_alpha"):
+        if getattr(config, name) < 0:
+            faults.append(f"--{name} is {getattr(config, name)}; it must be 0 or more")
     for name in ("eval_ratio", "lora_dropout"):
         if not 0 <= getattr(config, name) < 1:
             faults.append(f"--{name} is {getattr(config, name)}; it is a share, from 0 to below 1")
     if config.resume and config.overwrite:
         faults.append("--resume and --overwrite exclude each other: go on with the earlier run, or replace it")
+    if config.force_template and not config.template_path:
+        faults.append("--force_template needs --template_path: which template?")
     if config.load_best_model_at_end and config.eval_ratio and config.eval_strategy != config.save_strategy:
         faults.append("--load_best_model_at_end needs --eval_strategy equal to --save_strategy")
-    elif config.load_best_model_at_end and config.eval_strategy == "steps" and config.save_steps % config.eval_steps:
+    elif (
+        config.load_best_model_at_end
+        and config.eval_strategy == "steps"
+        and config.save_steps % max(config.eval_steps, 1)
+    ):
         faults.append(
             f"--save_steps {config.save_steps} is no multiple of --eval_steps {config.eval_steps}; "
             "--load_best_model_at_end needs that, or pass --no-load_best_model_at_end"
@@ -545,6 +590,63 @@ def encode_conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTok
             encoded["labels"].append(tokenizer.eos_token_id)
     add(text[position:], supervised=False)
     return encoded
+
+
+def read_template(file: Path) -> dict:
+    """A file of templates/, checked. Raises UserError that names the file and what is wrong with it."""
+    try:
+        template = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: can not be read as a chat template: {error}") from None
+    template = template if isinstance(template, dict) else {}
+    faults = [f"unknown key {key!r}" for key in template if key not in TEMPLATE]
+    for key, kind in TEMPLATE.items():
+        if type(template.get(key)) is not kind:
+            faults.append(f"{key!r} is missing or no {kind.__name__}")
+        elif key in ("system", "user", "assistant") and template[key].count("{content}") != 1:
+            faults.append(f"{key!r} needs {{content}} once, where the text goes")
+    if not faults and not (template["assistant"].startswith(template["generation_prompt"]) and template["stop_tokens"]):
+        faults = ["'assistant' must begin with 'generation_prompt', and 'stop_tokens' must name one"]
+    if faults:
+        raise UserError(f"{file}: {'; '.join(faults)}")
+    return template
+
+
+def jinja_of(template: dict) -> str:
+    """The Jinja chat template, as a tokenizer keeps it, for the content of a file in templates/.
+
+    >>> turns = {"system": "{content}", "user": "U:{content}", "assistant": "A:{content}", "generation_prompt": "A:"}
+    >>> jinja_of(turns | {"prefix": "", "default_system": "", "trim": False})[-60:]
+    '{% endif %}{% endfor %}{% if add_generation_prompt %}{{ "A:" }}{% endif %}'
+    """
+    quoted = lambda text: "{{ " + json.dumps(text, ensure_ascii=False) + " }}"  # a JSON string is a Jinja string too
+    jinja, default = quoted(template["prefix"]), template["default_system"]
+    if default:
+        default = quoted(template["system"].replace("{content}", default))
+        jinja += "{% if messages[0]['role'] != 'system' %}" + default + "{% endif %}"
+    content = "{{ message['content'] | trim }}" if template["trim"] else "{{ message['content'] }}"
+    jinja += "{% for message in messages %}"
+    for test, role in (("if", "system"), ("elif", "user"), ("elif", "assistant")):
+        turn = content.join(quoted(part) for part in template[role].split("{content}"))
+        jinja += f"{{% {test} message['role'] == '{role}' %}}{turn}"
+    prompt = quoted(template["generation_prompt"])
+    return jinja + "{% endif %}{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}"
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Give a tokenizer the chat template of a file; it is saved with it. The vocabulary stays as it is.
+
+    Raises UserError with all control tokens that the tokenizer lacks: it would split them into pieces of text.
+    """
+    template, vocabulary = read_template(file), tokenizer.get_vocab()
+    tokens = [str(token) for token in template["stop_tokens"] + template["control_tokens"]]
+    if missing := [token for token in tokens if token not in vocabulary]:
+        raise UserError(f"{file}: the model's tokenizer has no {', '.join(missing)}; take the template it was made for")
+    # Baichuan2 has its role tokens as ordinary ones; made special, they are never read out of a message's text
+    ordinary = [token for token in tokens if token not in control_tokens(tokenizer)[0]]
+    tokenizer.add_special_tokens({"extra_special_tokens": ordinary}, replace_extra_special_tokens=False)
+    tokenizer.eos_token, tokenizer.chat_template = tokens[0], jinja_of(template)
+    control_tokens.cache_clear()
 
 
 # Same in: qwen_finetuning.py, inference.py, chat.py, merge_model.py
@@ -1343,6 +1445,16 @@ def write_json(path: Path, value: dict) -> None:
         json.dump(value, file, ensure_ascii=False, indent=2)
 
 
+def write_resolved(config: FinetuneConfig, file: Path) -> None:
+    """Save the settings of a run; `--config FILE` in the same working folder repeats it."""
+    breaks = "[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"  # JSON is YAML but for these characters
+    with replacing(file) as out:
+        for name, value in asdict(config).items():
+            text = json.dumps(value, ensure_ascii=False, default=str)
+            text = re.sub(breaks, lambda found: f"\\u{ord(found[0]):04x}", text)
+            out.write("" if name in COMMAND_LINE_ONLY else f"{name}: {text}\n")
+
+
 # Same in: qwen_finetuning.py, merge_model.py
 def file_faults(config: FinetuneConfig) -> list[str]:
     """What is wrong with the files that the settings name, one line each."""
@@ -1453,9 +1565,14 @@ def main(config: FinetuneConfig) -> None:
         source = model_files(config.model_name) | {"trust_remote_code": config.trust_remote_code}
         model_config = AutoConfig.from_pretrained(**source)
         tokenizer = AutoTokenizer.from_pretrained(**source)
+    if config.template_path and (config.force_template or not tokenizer.chat_template):
+        set_template(tokenizer, config.template_path)
+    elif config.template_path:
+        say(f"{config.model_name} has a chat template of its own; --force_template would take {config.template_path}")
     if not tokenizer.chat_template:
         raise UserError(
-            f"{config.model_name}: its tokenizer has no chat template; take the model's chat (Instruct) form"
+            f"{config.model_name}: its tokenizer has no chat template; take the model's chat (Instruct) form, or pass "
+            f"--template_path, one of {', '.join(sorted(str(path) for path in (ROOT / 'templates').glob('*.json')))}"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -1549,6 +1666,7 @@ def train_and_save(config, tokenizer, model_config, train, held_out, run: dict, 
             trainer.model.save_pretrained(partial, save_embedding_layers=False)
             tokenizer.save_pretrained(partial)
             write_json(partial / "finetune_config.json", run)
+            write_resolved(config, partial / "resolved.yaml")
     with replacing_folder(config.tokenizer_dir) as partial:
         tokenizer.save_pretrained(partial)
 

@@ -50,7 +50,8 @@ Nobody answered. = 没人回答。 | The road is wet. = 路是湿的。 | Machin
 # ----------------------------------------------------------------------------------------- settings
 
 
-# Same in: hf_finetune_scaffold.py, sft_basics.py
+# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, hf_finetune_scaffold.py, inference.py,
+# merge_model.py, qwen_finetuning.py, sft_basics.py
 def setting(default, help: str, **extra):
     """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
     return field(default=default, metadata={"help": help, **extra})
@@ -89,7 +90,8 @@ def parse_args(argv: list[str] | None = None) -> CliConfig:
 # --------------------------------------------- 1. formatting and joining, 2. tokenizer and padding
 
 
-# Same in: hf_finetune_scaffold.py, sft_basics.py
+# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, hf_finetune_scaffold.py, inference.py,
+# merge_model.py, qwen_finetuning.py, sft_basics.py
 class UserError(Exception):
     """A person's mistake: shown as it is, without a traceback."""
 
@@ -120,7 +122,7 @@ def load_dataset(path: Path, skip_bad_rows: bool = False) -> Dataset:
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             faults.append(f"{path}:{number}: {'missing key' if isinstance(error, KeyError) else 'no record:'} {error}")
     if faults and not skip_bad_rows:
-        raise UserError("\n".join([*faults[:10], f"{len(faults)} bad lines: mend them or pass --skip_bad_rows."]))
+        raise UserError("\n".join([*faults[:10], f"Bad lines: {len(faults)}. Mend them or pass --skip_bad_rows."]))
     if len(records) < 2:
         raise UserError(f"{path}: {len(records)} records; two are the least, one to train on and one to test on.")
     print(f"{path}: {len(records)} records, {len(faults)} bad lines left out", file=sys.stderr)

@@ -65,7 +65,8 @@ EXAMPLE_PAIRS = [
 # ----------------------------------------------------------------------------------------- settings
 
 
-# Same in: hf_finetune_scaffold.py, sft_basics.py
+# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, hf_finetune_scaffold.py, inference.py,
+# merge_model.py, qwen_finetuning.py, sft_basics.py
 def setting(default, help: str, **extra):
     """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
     return field(default=default, metadata={"help": help, **extra})
@@ -137,7 +138,8 @@ def collate_by_attention(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------- the model and its training
 
 
-# Same in: hf_finetune_scaffold.py, sft_basics.py
+# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, hf_finetune_scaffold.py, inference.py,
+# merge_model.py, qwen_finetuning.py, sft_basics.py
 class UserError(Exception):
     """A person's mistake: shown as it is, without a traceback."""
 

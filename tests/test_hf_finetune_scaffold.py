@@ -77,7 +77,7 @@ def test_bad_lines_are_named_and_can_be_skipped(tmp_path):
     lines = str(caught.value).splitlines()
     for line, (number, (_, words)) in zip(lines, bad.items(), strict=False):
         assert line.startswith(f"{path}:{number}: ") and words in line
-    assert lines[-1].startswith("8 bad lines") and "--skip_bad_rows" in lines[-1] and len(lines) == 9
+    assert lines[-1].startswith("Bad lines: 8.") and "--skip_bad_rows" in lines[-1] and len(lines) == 9
     assert len(scaffold.load_dataset(path, skip_bad_rows=True)) == 3
     path.write_bytes(b"{\n" * 30)
     with pytest.raises(scaffold.UserError) as caught:

@@ -54,8 +54,7 @@ PROBE = [
 # ----------------------------------------------------------------------------------------- settings
 
 
-# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, hf_finetune_scaffold.py, inference.py,
-# merge_model.py, qwen_finetuning.py, sft_basics.py
+# Same in: all nine scripts
 def setting(default, help: str, **extra):
     """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
     return field(default=default, metadata={"help": help, **extra})
@@ -158,8 +157,7 @@ def decoding_faults(config: Config) -> list[str]:
 # --------------------------------------------------------------------------------- reading and writing
 
 
-# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, hf_finetune_scaffold.py, inference.py,
-# merge_model.py, qwen_finetuning.py, sft_basics.py
+# Same in: all nine scripts
 class UserError(Exception):
     """A person's mistake: shown as it is, without a traceback."""
 
@@ -681,7 +679,7 @@ def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or p
             return []
         return [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
     if not path.is_dir():
-        looks_local = name.count("/") != 1 or name.startswith((".", "/"))
+        looks_local = name.count("/") != 1 or name.startswith((".", "/", "models/", "outputs/"))
         return [f"{name}: no such folder. {mend}"] if looks_local else []
     if not any(path.glob("*.safetensors")):
         return [f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"]

@@ -50,8 +50,7 @@ Nobody answered. = 没人回答。 | The road is wet. = 路是湿的。 | Machin
 # ----------------------------------------------------------------------------------------- settings
 
 
-# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, hf_finetune_scaffold.py, inference.py,
-# merge_model.py, qwen_finetuning.py, sft_basics.py
+# Same in: all nine scripts
 def setting(default, help: str, **extra):
     """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
     return field(default=default, metadata={"help": help, **extra})
@@ -90,8 +89,7 @@ def parse_args(argv: list[str] | None = None) -> CliConfig:
 # --------------------------------------------- 1. formatting and joining, 2. tokenizer and padding
 
 
-# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, hf_finetune_scaffold.py, inference.py,
-# merge_model.py, qwen_finetuning.py, sft_basics.py
+# Same in: all nine scripts
 class UserError(Exception):
     """A person's mistake: shown as it is, without a traceback."""
 

@@ -65,8 +65,8 @@ class Config:
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
 
 
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py, evaluate.py, inference.py, chat.py,
-#   merge_model.py
+# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py,
+# qwen_finetuning.py
 def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
 
@@ -106,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     return config
 
 
-# Same in: evaluate.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py
 def decoding_faults(config: Config) -> list[str]:
     """What can not be right in the decoding settings, one line each."""
     limits = {
@@ -131,7 +131,7 @@ class UserError(Exception):
 # ------------------------------------------------------------------------------------------ the prompt
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 @lru_cache(maxsize=1)
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], re.Pattern]:
     """The tokenizer's control tokens with their ids, and a pattern that finds them as the tokenizer itself does."""
@@ -145,7 +145,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], 
     return {token.content: id for token, id in tokens}, re.compile("|".join(patterns) or r"(?!)")
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def unused_characters(messages: list[dict[str, str]]) -> tuple[str, str]:
     """Two characters of Unicode's private area that stand in none of the messages, to mark places in their text."""
     text = "".join(message["content"] for message in messages)
@@ -153,13 +153,13 @@ def unused_characters(messages: list[dict[str, str]]) -> tuple[str, str]:
     return first, second
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def shield(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> str:
     """`text` with `mark` after the first character of each control token that a person typed in it."""
     return control_tokens(tokenizer)[1].sub(lambda found: re.sub(r"(\S)", rf"\1{mark}", found[0], count=1), text)
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, mark: str, **options) -> str:
     """What the chat template makes of the messages. Control tokens typed in them are broken by `mark`.
 
@@ -174,7 +174,7 @@ def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, m
         raise ValueError(f"the chat template refuses the conversation: {error}") from None
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> list[int]:
     """Token ids of rendered text: the template's control tokens as such, those a person typed as plain characters."""
     ids, (known, pattern) = [], control_tokens(tokenizer)
@@ -189,14 +189,14 @@ def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) 
     return ids
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def encode_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a conversation that waits for the assistant's answer. Raises ValueError as `render` does."""
     mark, _ = unused_characters(messages)
     return tokenize_rendered(render(messages, tokenizer, mark, add_generation_prompt=True), tokenizer, mark)
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
     """What tells two chat formats apart: the template's SHA-256 and the token ids of one fixed conversation."""
     template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
@@ -204,7 +204,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
     return {"sha256": hashlib.sha256(template.encode()).hexdigest(), "probe_ids": list(probe_ids)}
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def printable(text: str) -> str:
     """`text` without the control characters that could steer a terminal; line breaks and tabs stay."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
@@ -213,7 +213,7 @@ def printable(text: str) -> str:
 # ------------------------------------------------------------------------------------------- the model
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 @dataclass(frozen=True)
 class Device:
     """Where a model runs and how. `device_map` is for `from_pretrained`; `note` is said to the person."""
@@ -226,7 +226,7 @@ class Device:
     note: str = ""
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype: str = "auto", rank: int = 0) -> Device:
     """Decide type, quantisation and attention from what a machine can do.
 
@@ -250,7 +250,7 @@ def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype:
     )
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def find_device(four_bit: bool, dtype: str = "auto") -> Device:
     """`device_policy` with the facts of this machine. Each process of a distributed run takes its own GPU."""
     import torch
@@ -267,7 +267,7 @@ def find_device(four_bit: bool, dtype: str = "auto") -> Device:
     return device_policy("cpu", features.get("avx512_bf16") or features.get("amx_bf16"), False, four_bit, dtype)
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
 @contextmanager
 def explaining(what: str, name: str) -> Iterator[None]:
     """Turn a failed download or a broken folder into one line that says what to do."""
@@ -285,7 +285,7 @@ def explaining(what: str, name: str) -> Iterator[None]:
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
 
 
-# Same in: evaluate.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py
 def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> list[str]:
     """What keeps `name` from being a model to load, one line each, seen from its files alone."""
     path = Path(name)
@@ -294,7 +294,7 @@ def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or p
             return []
         return [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
     if not path.is_dir():
-        looks_local = name.count("/") != 1 or name.startswith((".", "/"))
+        looks_local = name.count("/") != 1 or name.startswith((".", "/", "models/", "outputs/"))
         return [f"{name}: no such folder. {mend}"] if looks_local else []
     if not any(path.glob("*.safetensors")):
         return [f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"]
@@ -316,7 +316,7 @@ def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or p
     return [f"{name} is an adapter whose base model is missing: {fault}" for fault in faults]
 
 
-# Same in: evaluate.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py
 def read_run(folder: Path) -> dict:
     """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none."""
     path = folder / "finetune_config.json"
@@ -334,7 +334,7 @@ def read_run(folder: Path) -> dict:
         ) from None
 
 
-# Same in: evaluate.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py
 def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: bool):
     """A model to talk to, its tokenizer, and the record of the run that made it ({} where there is none).
 
@@ -408,13 +408,13 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
     return model, tokenizer, run
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
 def is_main_process() -> bool:
     """Whether this process may speak and write; torchrun and accelerate set RANK."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
 def quiet_libraries() -> None:
     """Their warnings would stand between a person and the lines that matter; errors still show."""
     import logging
@@ -435,7 +435,7 @@ def quiet_libraries() -> None:
 # ------------------------------------------------------------------------------------------ the answer
 
 
-# Same in: evaluate.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py
 def generation_options(config: Config, prompt_length: int) -> dict:
     """The decoding settings for `generate`. The penalties count what the model writes, not the words of the prompt."""
     from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
@@ -464,7 +464,7 @@ def generation_options(config: Config, prompt_length: int) -> dict:
     }
 
 
-# Same in: inference.py, chat.py
+# Same in: chat.py, inference.py
 def safe_streamer(tokenizer: PreTrainedTokenizerBase):
     """A TextStreamer that writes the answer to stdout as it comes, and keeps it in `.text`.
 

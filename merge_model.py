@@ -76,8 +76,8 @@ class Config:
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
 
 
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py, evaluate.py, inference.py, chat.py,
-#   merge_model.py
+# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py,
+# qwen_finetuning.py
 def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
 
@@ -121,7 +121,7 @@ class UserError(Exception):
     """A person's mistake: shown as it is, without a traceback."""
 
 
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py, evaluate.py, merge_model.py
+# Same in: data_integration.py, data_set_generation.py, evaluate.py, merge_model.py, qwen_finetuning.py
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
     """Write beside `path` and take its place only at the end, so that it is never half written."""
@@ -135,7 +135,7 @@ def replacing(path: Path) -> Iterator[IO[str]]:
         partial.unlink(missing_ok=True)
 
 
-# Same in: qwen_finetuning.py, merge_model.py
+# Same in: merge_model.py, qwen_finetuning.py
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Fill a new folder beside `folder` and let it take its place only when it is whole."""
@@ -154,14 +154,14 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-# Same in: qwen_finetuning.py, evaluate.py, merge_model.py
+# Same in: evaluate.py, merge_model.py, qwen_finetuning.py
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON file whole or not at all."""
     with replacing(path) as file:
         json.dump(value, file, ensure_ascii=False, indent=2)
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
 @contextmanager
 def explaining(what: str, name: str) -> Iterator[None]:
     """Turn a failed download or a broken folder into one line that says what to do."""
@@ -179,7 +179,7 @@ def explaining(what: str, name: str) -> Iterator[None]:
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
 
 
-# Same in: evaluate.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py
 def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> list[str]:
     """What keeps `name` from being a model to load, one line each, seen from its files alone."""
     path = Path(name)
@@ -188,7 +188,7 @@ def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or p
             return []
         return [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
     if not path.is_dir():
-        looks_local = name.count("/") != 1 or name.startswith((".", "/"))
+        looks_local = name.count("/") != 1 or name.startswith((".", "/", "models/", "outputs/"))
         return [f"{name}: no such folder. {mend}"] if looks_local else []
     if not any(path.glob("*.safetensors")):
         return [f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"]
@@ -210,7 +210,7 @@ def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or p
     return [f"{name} is an adapter whose base model is missing: {fault}" for fault in faults]
 
 
-# Same in: evaluate.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py
 def read_run(folder: Path) -> dict:
     """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none."""
     path = folder / "finetune_config.json"
@@ -228,7 +228,7 @@ def read_run(folder: Path) -> dict:
         ) from None
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
     """What tells two chat formats apart: the template's SHA-256 and the token ids of one fixed conversation."""
     template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
@@ -286,14 +286,14 @@ class Merge:
         self.base = run.get("base_model") or read_adapter(config.adapter)["base_model_name_or_path"]
         self.revision = run.get("base_revision") or "main"
         settings = run.get("settings", {})
-        self.four_bit, self.dtype = bool(settings.get("load_in_4bit")), settings.get("dtype", "auto")
+        self.four_bit, self.dtype = bool(settings.get("load_in_4bit")), run.get("dtype", "bfloat16")
 
     def load(self, four_bit: bool) -> PreTrainedModel:
         """The base model on the CPU, in 4 bits as training loads it or in its own type."""
         import torch
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        compute = torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype)
+        compute = getattr(torch, self.dtype)
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
         )
@@ -393,7 +393,7 @@ def compare(reference: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
     }
 
 
-# Same in: qwen_finetuning.py, evaluate.py, merge_model.py
+# Same in: evaluate.py, merge_model.py, qwen_finetuning.py
 def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: int = 2048) -> float:
     """Mean of -log p over all supervised tokens of all rows, in nats per token; NaN without rows.
 
@@ -509,13 +509,13 @@ An adapter from supervised fine-tuning, merged into `{base}`.
 """
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
 def is_main_process() -> bool:
     """Whether this process may speak and write; torchrun and accelerate set RANK."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
-# Same in: qwen_finetuning.py, evaluate.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
 def quiet_libraries() -> None:
     """Their warnings would stand between a person and the lines that matter; errors still show."""
     import logging

@@ -80,8 +80,7 @@ TEMPLATE |= {"generation_prompt": str, "trim": bool, "control_tokens": list, "st
 # ----------------------------------------------------------------------------------------- settings
 
 
-# Same in: sft_basics.py, hf_finetune_scaffold.py, data_integration.py, data_set_generation.py, qwen_finetuning.py,
-#   inference.py, chat.py, merge_model.py
+# Same in: all nine scripts
 def setting(default, help: str, **extra):
     """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
     return field(default=default, metadata={"help": help, **extra})
@@ -149,7 +148,8 @@ class FinetuneConfig:
     overwrite: bool = setting(False, "replace what an earlier run wrote in output_dir")
 
 
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py,
+# qwen_finetuning.py
 def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
 
@@ -288,13 +288,12 @@ def setting_faults(config: FinetuneConfig) -> list[str]:
 # --------------------------------------------------------------------------------- reading and writing
 
 
-# Same in: sft_basics.py, hf_finetune_scaffold.py, data_integration.py, data_set_generation.py, qwen_finetuning.py,
-#   inference.py, chat.py, merge_model.py
+# Same in: all nine scripts
 class UserError(Exception):
     """A person's mistake: shown as it is, without a traceback."""
 
 
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
+# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
 def read_rows(path: Path) -> Iterator[tuple[str, dict | None, str]]:
     """Yield (where, record, fault) for each row of a JSONL file or a JSON array, in order.
 
@@ -329,7 +328,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | None, str]]:
             yield f"{path}:{number}", record, fault
 
 
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
+# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
 def read_array(path: Path, text: str) -> Iterator[tuple[str, dict | None, str]]:
     """`read_rows` for the text of one JSON array. Where it is damaged, it ends with a fault."""
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
@@ -348,7 +347,7 @@ def read_array(path: Path, text: str) -> Iterator[tuple[str, dict | None, str]]:
         position = gap.match(text, end).end()
 
 
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py, merge_model.py
+# Same in: data_integration.py, data_set_generation.py, evaluate.py, merge_model.py, qwen_finetuning.py
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
     """Write beside `path` and take its place only at the end, so that it is never half written."""
@@ -362,7 +361,7 @@ def replacing(path: Path) -> Iterator[IO[str]]:
         partial.unlink(missing_ok=True)
 
 
-# Same in: qwen_finetuning.py, merge_model.py
+# Same in: merge_model.py, qwen_finetuning.py
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Fill a new folder beside `folder` and let it take its place only when it is whole."""
@@ -381,6 +380,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+# Same in: evaluate.py, qwen_finetuning.py
 def dataset_rows(source: str) -> Iterator[tuple[str, dict | None, str]]:
     """Rows of a .jsonl or .json file, of a folder or of a hub dataset, as `read_rows` yields them."""
     if source.endswith((".jsonl", ".json")):
@@ -394,7 +394,7 @@ def dataset_rows(source: str) -> Iterator[tuple[str, dict | None, str]]:
             yield f"{source}[{number}]", record, ""
 
 
-# Same in: qwen_finetuning.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
 @contextmanager
 def explaining(what: str, name: str) -> Iterator[None]:
     """Turn a failed download or a broken folder into one line that says what to do."""
@@ -415,12 +415,12 @@ def explaining(what: str, name: str) -> Iterator[None]:
 # --------------------------------------------------------------------- from a record to ids and labels
 
 
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
+# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
 class EmptyAnswer(ValueError):
     """A record whose assistant says nothing."""
 
 
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
+# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
 def messages_of(record: dict, system_prompt: str = "") -> list[dict[str, str]]:
     """A record of any of the five shapes as chat messages. Raises ValueError that says what is wrong with it.
 
@@ -464,7 +464,7 @@ def messages_of(record: dict, system_prompt: str = "") -> list[dict[str, str]]:
     return messages
 
 
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
+# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
 def turns_of(items: object, name: str, role_key: str, text_key: str) -> list[tuple[str, object]]:
     """(role, text) of each message in a list of them. Raises ValueError for another form or an unknown role."""
     roles = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -476,7 +476,7 @@ def turns_of(items: object, name: str, role_key: str, text_key: str) -> list[tup
     return [(roles[item[role_key]], item.get(text_key)) for item in items]
 
 
-# Same in: qwen_finetuning.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 @lru_cache(maxsize=1)
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], re.Pattern]:
     """The tokenizer's control tokens with their ids, and a pattern that finds them as the tokenizer itself does."""
@@ -490,7 +490,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], 
     return {token.content: id for token, id in tokens}, re.compile("|".join(patterns) or r"(?!)")
 
 
-# Same in: qwen_finetuning.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def unused_characters(messages: list[dict[str, str]]) -> tuple[str, str]:
     """Two characters of Unicode's private area that stand in none of the messages, to mark places in their text."""
     text = "".join(message["content"] for message in messages)
@@ -498,13 +498,13 @@ def unused_characters(messages: list[dict[str, str]]) -> tuple[str, str]:
     return first, second
 
 
-# Same in: qwen_finetuning.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def shield(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> str:
     """`text` with `mark` after the first character of each control token that a person typed in it."""
     return control_tokens(tokenizer)[1].sub(lambda found: re.sub(r"(\S)", rf"\1{mark}", found[0], count=1), text)
 
 
-# Same in: qwen_finetuning.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, mark: str, **options) -> str:
     """What the chat template makes of the messages. Control tokens typed in them are broken by `mark`.
 
@@ -519,7 +519,7 @@ def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, m
         raise ValueError(f"the chat template refuses the conversation: {error}") from None
 
 
-# Same in: qwen_finetuning.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> list[int]:
     """Token ids of rendered text: the template's control tokens as such, those a person typed as plain characters."""
     ids, (known, pattern) = [], control_tokens(tokenizer)
@@ -534,13 +534,14 @@ def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) 
     return ids
 
 
-# Same in: qwen_finetuning.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def encode_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a conversation that waits for the assistant's answer. Raises ValueError as `render` does."""
     mark, _ = unused_characters(messages)
     return tokenize_rendered(render(messages, tokenizer, mark, add_generation_prompt=True), tokenizer, mark)
 
 
+# Same in: evaluate.py, qwen_finetuning.py
 def encode_conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> dict:
     """A conversation as `input_ids` and `labels`, two lists of the same length.
 
@@ -649,7 +650,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     control_tokens.cache_clear()
 
 
-# Same in: qwen_finetuning.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
     """What tells two chat formats apart: the template's SHA-256 and the token ids of one fixed conversation."""
     template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
@@ -657,6 +658,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
     return {"sha256": hashlib.sha256(template.encode()).hexdigest(), "probe_ids": list(probe_ids)}
 
 
+# Same in: evaluate.py, qwen_finetuning.py
 def digest_of(messages: list[dict[str, str]]) -> str:
     """SHA-256 of a conversation: two rows with the same one are duplicates, and held-out rows are known by it."""
     return hashlib.sha256(json.dumps(messages, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
@@ -828,6 +830,7 @@ def prepare_once(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, cac
     return *parts, book["ledger"], book["digests"]
 
 
+# Same in: evaluate.py, qwen_finetuning.py
 def stop_for(faults: list[str], go_on: bool) -> None:
     """Raise UserError naming the first ten faults, or clear them where the person said to go on."""
     if faults and not go_on:
@@ -862,7 +865,7 @@ def preview(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
     return "".join(f"{before}{text}{after}" if supervised else text for supervised, text in texts)
 
 
-# Same in: qwen_finetuning.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def printable(text: str) -> str:
     """`text` without the control characters that could steer a terminal; line breaks and tabs stay."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
@@ -871,7 +874,7 @@ def printable(text: str) -> str:
 # ----------------------------------------------------------------------------------- device and memory
 
 
-# Same in: qwen_finetuning.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 @dataclass(frozen=True)
 class Device:
     """Where a model runs and how. `device_map` is for `from_pretrained`; `note` is said to the person."""
@@ -884,7 +887,7 @@ class Device:
     note: str = ""
 
 
-# Same in: qwen_finetuning.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype: str = "auto", rank: int = 0) -> Device:
     """Decide type, quantisation and attention from what a machine can do.
 
@@ -908,7 +911,7 @@ def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype:
     )
 
 
-# Same in: qwen_finetuning.py, inference.py, chat.py
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def find_device(four_bit: bool, dtype: str = "auto") -> Device:
     """`device_policy` with the facts of this machine. Each process of a distributed run takes its own GPU."""
     import torch
@@ -1029,7 +1032,7 @@ def model_files(name: str) -> dict:
             raise UserError(f"{name}: no config.json in this folder, so it holds no model")
         if not any(path.glob("*.safetensors")):
             raise UserError(f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read")
-    elif name.count("/") != 1 or name.startswith((".", "/")):
+    elif name.count("/") != 1 or name.startswith((".", "/", "models/", "outputs/")):
         raise UserError(f"{name}: no such folder")
     return {"pretrained_model_name_or_path": name}
 
@@ -1093,7 +1096,7 @@ def add_neftune(model: PreTrainedModel, alpha: float) -> None:
     model.get_input_embeddings().register_forward_hook(add_noise)
 
 
-# Same in: qwen_finetuning.py, merge_model.py
+# Same in: evaluate.py, merge_model.py, qwen_finetuning.py
 def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: int = 2048) -> float:
     """Mean of -log p over all supervised tokens of all rows, in nats per token; NaN without rows.
 
@@ -1412,13 +1415,14 @@ def show_demo_answers(model, tokenizer, config: FinetuneConfig) -> None:
 # ------------------------------------------------------------------------------------------- the run
 
 
+# Same in: evaluate.py, qwen_finetuning.py
 def say(text: str) -> None:
     """A line of progress on stderr, from the first process only."""
     if is_main_process():
         print(text, file=sys.stderr, flush=True)
 
 
-# Same in: qwen_finetuning.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
 def is_main_process() -> bool:
     """Whether this process may speak and write; torchrun and accelerate set RANK."""
     return int(os.environ.get("RANK", 0)) == 0
@@ -1438,7 +1442,7 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-# Same in: qwen_finetuning.py, merge_model.py
+# Same in: evaluate.py, merge_model.py, qwen_finetuning.py
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON file whole or not at all."""
     with replacing(path) as file:
@@ -1455,7 +1459,6 @@ def write_resolved(config: FinetuneConfig, file: Path) -> None:
             out.write("" if name in COMMAND_LINE_ONLY else f"{name}: {text}\n")
 
 
-# Same in: qwen_finetuning.py, merge_model.py
 def file_faults(config: FinetuneConfig) -> list[str]:
     """What is wrong with the files that the settings name, one line each."""
     faults = []
@@ -1526,7 +1529,7 @@ def run_record(config: FinetuneConfig, tokenizer, model_config, ledger: dict, he
     }
 
 
-# Same in: qwen_finetuning.py, inference.py, chat.py, merge_model.py
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
 def quiet_libraries() -> None:
     """Their warnings would stand between a person and the lines that matter; errors still show."""
     import logging
@@ -1602,7 +1605,7 @@ def train_and_save(config, tokenizer, model_config, train, held_out, run: dict, 
     if config.gradient_checkpointing == "auto" and sum(need.values()) > 0.9 * free:
         recompute = True
         need = estimate_memory(shape, config, device, longest, recompute)
-    run["gradient_checkpointing"] = recompute
+    run |= {"dtype": device.dtype, "gradient_checkpointing": recompute}
     per_epoch, steps = steps_of(len(train), config)
     if is_main_process():
         if isinstance(targets, str):

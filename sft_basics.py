@@ -65,8 +65,7 @@ EXAMPLE_PAIRS = [
 # ----------------------------------------------------------------------------------------- settings
 
 
-# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, hf_finetune_scaffold.py, inference.py,
-# merge_model.py, qwen_finetuning.py, sft_basics.py
+# Same in: all nine scripts
 def setting(default, help: str, **extra):
     """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
     return field(default=default, metadata={"help": help, **extra})
@@ -138,8 +137,7 @@ def collate_by_attention(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------- the model and its training
 
 
-# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, hf_finetune_scaffold.py, inference.py,
-# merge_model.py, qwen_finetuning.py, sft_basics.py
+# Same in: all nine scripts
 class UserError(Exception):
     """A person's mistake: shown as it is, without a traceback."""
 

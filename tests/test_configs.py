@@ -227,7 +227,7 @@ def test_a_tag_builds_nothing(tmp_path):
 def test_resolved_settings_survive_being_written(tmp_path):
     config = qwen.FinetuneConfig(
         model_name="~/models/a: b # c",
-        system_prompt="null\n  'quoted' \"twice\" {x} \\ \t你好 😀\u2028\x1b[31m\n\n",
+        system_prompt="null\n  'quoted' \"twice\" {x} \\ \t你好 😀 \u2028 \x1b[31m\n\n",
         output_dir=Path("out put/2024-01-01"),
         lora_target_modules=("q_proj", "no", "1e3"),
         learning_rate=1e-05,

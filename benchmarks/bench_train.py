@@ -38,6 +38,7 @@ def trl_sft(model: Path, folder: Path, four_bit: bool) -> float:
     command += ["--model_name_or_path", model, "--dataset_name", folder / "data", "--output_dir", folder / "trl"]
     command += ["--use_peft", "--max_length", "512", "--report_to", "none", *COMMON]
     command += ["--load_in_4bit", "true"] if four_bit else []
+    command += ["--use_cpu", "true"] if qwen.find_device(four_bit).kind == "cpu" else []  # else it stops: no GPU
     process = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     found = re.search(r"'train_runtime': '?([\d.]+)", process.stdout + process.stderr)
     if not found:

@@ -29,6 +29,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,6 +60,7 @@ DEMO_QUESTIONS = (  # in no training row
     "I want to read all night. For how many hours does a full battery keep the Nimbus 3 glowing?",
     "Which planet do we live on?",
 )
+GO_BACK = "The checkpoints before it are whole: lower --learning_rate, or mend the rows and train anew"
 # One fixed conversation; its token ids are part of the fingerprint that training and inference compare.
 PROBE = [
     {"role": "user", "content": "你好, 1+1=?"},
@@ -1004,6 +1006,55 @@ def memory_fault(need: int, free: int, device: Device, model_name: str) -> str:
     )
 
 
+def memory_remedies(config: FinetuneConfig, device: Device, rows: int, longest: int, recompute: bool) -> str:
+    """What to do when memory has run out, in order, with this run's figures."""
+    batch, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    half = max(batch // 2, 1)
+    smaller = f"--per_device_train_batch_size {half} --gradient_accumulation_steps {math.ceil(batch * steps / half)}"
+    shorter = max(min(config.max_seq_length, longest) // 2, 1)
+    return (
+        f"{device.kind} ran out of memory. In this order: (1) {smaller} (now {batch} and {steps}); "
+        f"(2) --max_seq_length {shorter} (now {config.max_seq_length}; the longest row has {longest} tokens); "
+        f"(3) --gradient_checkpointing on (it is {'on' if recompute else 'off'}); "
+        f"(4) fewer rows to try first (now {rows:,}); (5) a larger GPU, or a second one"
+    )
+
+
+def disk_fault(shape: ModelShape, config: FinetuneConfig, device: Device, saves: int, free: int) -> str:
+    """One line where `free` bytes do not hold the `saves` checkpoints that are due, else "".
+
+    Three are kept and a fourth is written before the oldest goes, each with the adapter, the optimiser's states and a
+    tokenizer of about 100 bytes a token; then comes the result, twice.
+    """
+    adapter = shape.adapter * (2 if device.dtype == "bfloat16" else 4) + 100 * shape.vocabulary
+    need = min(saves, 4) * (adapter + shape.adapter * (2 if "8bit" in config.optim else 8)) + 2 * adapter
+    if need <= free:
+        return ""
+    return (
+        f"{config.output_dir}: its disk has {free / 1e6:,.1f} MB free; the checkpoints that are due need about "
+        f"{need / 1e6:,.1f} MB. Make room, or pass another --output_dir or a smaller --lora_r (now {config.lora_r})"
+    )
+
+
+@contextmanager
+def explaining_shortage(remedies: str, folder: Path) -> Iterator[None]:
+    """Turn what the libraries raise where memory or a disk is full into one line."""
+    try:
+        yield
+    except Exception as error:
+        causes = [error.__cause__] if isinstance(error, UserError) else [error, error.__cause__]
+        text = " ".join(f"{type(cause).__name__}: {cause}" for cause in causes if cause)
+        if re.search("out of memory|MemoryError|can't allocate memory", text):
+            raise UserError(remedies) from error
+        # torch.save hides the system's words behind its own
+        if re.search("No space left|quota exceeded|PytorchStreamWriter|unexpected pos", text):
+            raise UserError(
+                f"the disk of {folder} is full: {' '.join(text.split())[:150]}. What was saved before is whole; make "
+                "room and start again, with --resume where there is a checkpoint"
+            ) from error
+        raise
+
+
 def free_memory(device: Device) -> int:
     """Bytes free on the device."""
     if device.kind == "cuda":
@@ -1150,6 +1201,7 @@ def training_args(config: FinetuneConfig, device: Device, rows: int, held_out: b
     per_epoch, _ = steps_of(rows, config)
     evaluate = config.eval_strategy if held_out else "no"
     eval_steps = min(config.eval_steps, per_epoch)
+    unit = eval_steps if evaluate == "steps" else 1
     return SFTConfig(
         output_dir=str(config.output_dir),
         num_train_epochs=config.num_train_epochs,
@@ -1166,7 +1218,7 @@ def training_args(config: FinetuneConfig, device: Device, rows: int, held_out: b
         eval_steps=eval_steps,
         save_strategy=config.save_strategy,
         # a multiple of eval_steps, so that the best checkpoint is always a saved one
-        save_steps=max(min(config.save_steps, per_epoch) // eval_steps, 1) * eval_steps,
+        save_steps=max(min(config.save_steps, per_epoch) // unit, 1) * unit,
         save_total_limit=3,
         load_best_model_at_end=config.load_best_model_at_end and evaluate != "no",
         metric_for_best_model="eval_loss" if evaluate != "no" else None,
@@ -1188,13 +1240,70 @@ def training_args(config: FinetuneConfig, device: Device, rows: int, held_out: b
     )
 
 
+def places_of(batches: list[dict], rows: Dataset) -> str:
+    """Where the rows in some batches come from; several lie end to end in one, each with positions from 0."""
+    places = {}
+    for batch in batches:
+        starts = (batch["position_ids"].flatten() == 0).nonzero().flatten().tolist()
+        for ids in batch["input_ids"].flatten().cpu().tensor_split(starts)[1:]:
+            places[str(ids.tolist())] = "?"
+    places |= {ids: row["where"] for row in rows if (ids := str(row["input_ids"])) in places}
+    more = f" and {len(places) - 16} more" if len(places) > 16 else ""
+    return ", ".join(list(places.values())[:16]) + more
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raise UserError where a trained weight is no finite number."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise UserError(f"{name} holds numbers that are not finite, so this adapter is not saved; {GO_BACK}")
+
+
+def checked_trainer(**parts) -> SFTTrainer:
+    """An SFTTrainer that takes no step on a loss or gradient that is not finite, and leaves no half checkpoint."""
+    from trl import SFTTrainer
+
+    class CheckedTrainer(SFTTrainer):
+        def get_batch_samples(self, *args):
+            self.batches, count = super().get_batch_samples(*args)
+            return self.batches, count
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            if not loss.isfinite():  # costs nothing: TRL has waited for the device already, to read its metrics
+                self.stop(f"the loss is {loss.item()}", [inputs])
+            return loss
+
+        def _clip_grad_norm(self, model):
+            norm = super()._clip_grad_norm(model)
+            # the scaler of float16 skips such steps itself, and goes on with smaller numbers
+            if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
+                self.stop(f"the gradient's norm is {float(norm)}", self.batches)
+            return norm
+
+        def stop(self, what: str, batches: list[dict]):
+            step, places = self.state.global_step + 1, places_of(batches, self.rows)
+            raise UserError(f"{what} in step {step}, which is not taken; look at these rows: {places}. {GO_BACK}")
+
+        def _save_checkpoint(self, model, trial):
+            check_finite(model)
+            try:
+                super()._save_checkpoint(model, trial)
+            except BaseException:
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                if is_main_process() and not is_whole(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+
+    return CheckedTrainer(**parts)
+
+
 def build_trainer(
     config: FinetuneConfig, args: SFTConfig, model, tokenizer, train, held_out, targets, run
 ) -> SFTTrainer:
     """An SFTTrainer over encoded rows with a fresh adapter on `model`."""
     from peft import LoraConfig
     from transformers import PrinterCallback
-    from trl import SFTTrainer
 
     lora = LoraConfig(
         task_type="CAUSAL_LM",
@@ -1203,7 +1312,7 @@ def build_trainer(
         lora_dropout=config.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
-    trainer = SFTTrainer(
+    trainer = checked_trainer(
         model=model,
         args=args,
         train_dataset=train,
@@ -1258,6 +1367,21 @@ def progress_callback(run: dict):
             cast_adapter(getattr(model, "module", model))
             self.begin = self.last = time.monotonic()
             self.first_step, self.tokens = state.global_step, 0
+            self.terminated = False
+            self.earlier = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+
+        def on_train_end(self, args, state, control, **_):
+            signal.signal(signal.SIGTERM, self.earlier)
+
+        def on_step_end(self, args, state, control, **_):
+            if process_count() > 1:  # the signal may reach them in different steps, and they must save the same one
+                import torch
+
+                told = torch.tensor(float(self.terminated), device=args.device)
+                torch.distributed.all_reduce(told)
+                self.terminated = told.item() > 0
+            if self.terminated:
+                control.should_save, control.should_evaluate = True, False
 
         def on_log(self, args, state, control, logs, **_):
             if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
@@ -1276,11 +1400,6 @@ def progress_callback(run: dict):
                     f"{clock(elapsed)} elapsed · {clock(left)} left"
                 )
                 self.tokens = logs["num_tokens"]
-                if not math.isfinite(logs["loss"]):
-                    raise UserError(
-                        f"the loss is {logs['loss']} at step {state.global_step}; checkpoints before it are whole. "
-                        "Lower --learning_rate, or look for odd rows with --dry_run"
-                    )
             self.last = now
 
         def on_evaluate(self, args, state, control, **_):
@@ -1290,23 +1409,28 @@ def progress_callback(run: dict):
             if state.is_world_process_zero:
                 write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "finetune_config.json", run)
             self.last = time.monotonic()
+            if self.terminated:
+                from accelerate import PartialState
+
+                PartialState().wait_for_everyone()  # a launcher ends all processes as soon as one has ended
+                say(f"terminated; checkpoint-{state.global_step} is saved, and --resume goes on from it")
+                sys.exit(128 + signal.SIGTERM)
 
     return Progress()
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was saved to its end; the Trainer writes its state last."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    optimizer = any((folder / name).is_file() for name in ("optimizer.pt", "latest"))  # DeepSpeed writes the second
+    return (folder / "adapter_model.safetensors").is_file() and optimizer
+
+
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint with the highest step that was saved to its end; the Trainer writes its state last."""
-
-    def is_whole(folder: Path) -> bool:
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        optimizer = (folder / "optimizer.pt").is_file() or (
-            folder / "latest"
-        ).is_file()  # DeepSpeed names its folder there
-        return (folder / "adapter_model.safetensors").is_file() and optimizer
-
+    """The checkpoint with the highest step that was saved to its end."""
     found = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
     for folder in sorted(found, key=lambda folder: int(folder.name.split("-")[1]), reverse=True):
         if is_whole(folder):
@@ -1342,7 +1466,8 @@ def draw_loss_curve(history: list[dict], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file.name, format="png", dpi=120)
     plt.close(figure)
 
 
@@ -1509,7 +1634,10 @@ def run_record(config: FinetuneConfig, tokenizer, model_config, ledger: dict, he
     from importlib.metadata import version
 
     source = Path(config.dataset_path)
-    sha256 = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else ""
+    sha256 = ""
+    if source.is_file():
+        with open(source, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
     libraries = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
     return {
@@ -1581,7 +1709,8 @@ def main(config: FinetuneConfig) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
     with tempfile.TemporaryDirectory() as cache:
-        train, held_out, ledger, digests = prepare_once(config, tokenizer, cache)
+        with explaining_shortage(f"memory ran out while {config.dataset_path} was read", Path(cache)):
+            train, held_out, ledger, digests = prepare_once(config, tokenizer, cache)
         if is_main_process():
             print(f"{config.dataset_path}:")
             show_ledger(ledger)
@@ -1591,20 +1720,22 @@ def main(config: FinetuneConfig) -> None:
 
 
 def train_and_save(config, tokenizer, model_config, train, held_out, run: dict, started: float) -> None:
-    """From encoded rows to the adapter on disk."""
+    """See whether the run fits this machine and say what it will do; then, but for a dry run, train."""
+    rows = train
     if config.packing:
         from trl import pack_dataset
 
         train = pack_dataset(train.select_columns(["input_ids", "labels"]), config.max_seq_length, "bfd")
     device = find_device(config.load_in_4bit, config.dtype)
     shape, targets = shape_of(model_config, config)
-    longest = max(len(ids) for ids in train["input_ids"]) * config.per_device_train_batch_size
+    longest = max(len(ids) for ids in train["input_ids"])
+    tokens = longest * config.per_device_train_batch_size
     free = free_memory(device)
     recompute = config.gradient_checkpointing == "on"
-    need = estimate_memory(shape, config, device, longest, recompute)
+    need = estimate_memory(shape, config, device, tokens, recompute)
     if config.gradient_checkpointing == "auto" and sum(need.values()) > 0.9 * free:
         recompute = True
-        need = estimate_memory(shape, config, device, longest, recompute)
+        need = estimate_memory(shape, config, device, tokens, recompute)
     run |= {"dtype": device.dtype, "gradient_checkpointing": recompute}
     per_epoch, steps = steps_of(len(train), config)
     if is_main_process():
@@ -1621,7 +1752,11 @@ def train_and_save(config, tokenizer, model_config, train, held_out, run: dict, 
     if process_count() > 1 and surplus:
         repeated = config.per_device_train_batch_size * process_count() - surplus
         say(f"the rows do not divide among the processes: {repeated} of them come twice in an epoch's last step")
+    saves = 0 if config.save_strategy == "no" else max(steps // min(config.save_steps, per_epoch), 1)
+    place = next(folder for folder in (config.output_dir, *config.output_dir.absolute().parents) if folder.exists())
+    room = shutil.disk_usage(place).free + sum(f.stat().st_size for f in config.output_dir.glob("checkpoint-*/*"))
     fault = memory_fault(sum(need.values()), free, device, config.model_name)
+    fault = fault or disk_fault(shape, config, device, saves, room)
     if config.deepspeed and device.kind != "cuda":
         # accelerate 1.15 has no CPU backend for it: it would train plain DDP, in silence
         fault = f"--deepspeed works on CUDA GPUs only, and this run is on {device.kind}; leave it out"
@@ -1631,11 +1766,20 @@ def train_and_save(config, tokenizer, model_config, train, held_out, run: dict, 
         return
     if fault:
         raise UserError(fault)
+    with explaining_shortage(memory_remedies(config, device, len(rows), longest, recompute), config.output_dir):
+        train_adapter(config, tokenizer, device, train, rows, held_out, targets, run, started)
 
+
+def train_adapter(config, tokenizer, device: Device, train, rows, held_out, targets, run: dict, started: float) -> None:
+    """Train on `train`, which is `rows` or packs of them, and save the result."""
     checkpoint = None
     if config.resume:
-        record = json.loads((config.output_dir / "finetune_config.json").read_text(encoding="utf-8"))
-        if faults := resume_faults(record, run):
+        record = config.output_dir / "finetune_config.json"
+        try:
+            faults = resume_faults(json.loads(record.read_text(encoding="utf-8")), run)
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{record}: not the record of a run ({error}); start anew with --overwrite") from None
+        if faults:
             raise UserError("--resume: this is another run than the one in output_dir: " + "; ".join(faults))
         checkpoint = newest_checkpoint(config.output_dir)
         say(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint yet: starting from the beginning")
@@ -1650,19 +1794,23 @@ def train_and_save(config, tokenizer, model_config, train, held_out, run: dict, 
     import torch
 
     torch.manual_seed(config.seed)
-    args = training_args(config, device, len(train), held_out is not None, recompute)  # before the model, for ZeRO-3
+    # before the model, for ZeRO-3
+    args = training_args(config, device, len(train), held_out is not None, run["gradient_checkpointing"])
     trainer = build_trainer(config, args, load_model(config, device), tokenizer, train, held_out, targets, run)
+    trainer.rows = rows
     if config.deepspeed and not (trainer.is_deepspeed_enabled and args.world_size == process_count()):
         raise UserError("--deepspeed: the engine is not at work in this run; leave it out for plain data parallelism")
     start_tracking(config, run)
-    rows = list(held_out) if held_out is not None and is_main_process() else []
-    before = held_out_loss(trainer.model, rows)
+    judged = list(held_out) if held_out is not None and is_main_process() else []
+    before = held_out_loss(trainer.model, judged)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    after = held_out_loss(trainer.model, rows)
+    check_finite(trainer.model)
+    after = held_out_loss(trainer.model, judged)
     if not is_main_process():
         return
     run["result"] = {"loss_before": before, "loss_after": after, "best_checkpoint": trainer.state.best_model_checkpoint}
-    trainer.state.save_to_json(str(config.output_dir / "trainer_state.json"))
+    with replacing(config.output_dir / "trainer_state.json") as file:
+        trainer.state.save_to_json(file.name)
     draw_loss_curve(trainer.state.log_history, config.output_dir / "loss_curve.png")
     for folder in (config.output_dir / "checkpoint-final", config.model_dir):
         with replacing_folder(folder) as partial:
@@ -1676,9 +1824,9 @@ def train_and_save(config, tokenizer, model_config, train, held_out, run: dict, 
     if config.demo:
         show_demo_answers(trainer.model, tokenizer, config)
     print(f"\ntrained {trainer.state.global_step} steps in {clock(time.monotonic() - started)}")
-    if rows:
+    if judged:
         for name, loss in (("before", before), ("after", after)):
-            print(f"held-out rows, {name} training: loss {loss:.3f}, perplexity {math.exp(loss):.2f}")
+            print(f"held-out rows, {name} training: loss {loss:.3f}, perplexity {math.exp(min(loss, 700)):.2f}")
     print(f"adapter    {config.model_dir}  (also {config.output_dir / 'checkpoint-final'})")
     print(f"tokenizer  {config.tokenizer_dir}\nloss curve {config.output_dir / 'loss_curve.png'}")
     print(f"talk to it: python chat.py --model {config.model_dir}")

@@ -259,6 +259,8 @@ def explaining(what: str, name: str) -> Iterator[None]:
             "log in with 'hf auth login'; or pass a local folder"
         )
         mend = "" if Path(name).exists() else mend
+        if "trust_remote_code" in str(error):  # the library's own text is long, and asks to visit the hub
+            reason, mend = "it brings Python code of its own; read it, and pass --trust_remote_code to run it", ""
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
 
 
@@ -712,8 +714,15 @@ def read_run(folder: Path) -> dict:
         parts = [run, *(run.get(key, {}) for key in ("settings", "chat_template", "dataset"))]
         if not all(isinstance(part, dict) for part in parts):
             raise ValueError("expected objects")
+        texts = dict.fromkeys(("base_model", "system_prompt", "dtype", "held_out_file", "tokenizer_dir", "path"), str)
+        kinds = texts | {"max_seq_length": int, "held_out": list, "end_of_turn_ids": list}
+        for key, value in (pair for part in parts for pair in part.items()):
+            odd = key == "dtype" and value not in ("auto", "bfloat16", "float16", "float32")
+            odd = odd or (key == "end_of_turn_ids" and not {type(item) for item in value or [0]} <= {int})
+            if odd or not isinstance(value, kinds.get(key, object)):
+                raise ValueError(f"{key} is {value!r}")
         return run
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{path}: not the record of a run ({error}); take it from the training's output again"
         ) from None

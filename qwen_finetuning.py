@@ -411,6 +411,8 @@ def explaining(what: str, name: str) -> Iterator[None]:
             "log in with 'hf auth login'; or pass a local folder"
         )
         mend = "" if Path(name).exists() else mend
+        if "trust_remote_code" in str(error):  # the library's own text is long, and asks to visit the hub
+            reason, mend = "it brings Python code of its own; read it, and pass --trust_remote_code to run it", ""
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
 
 
@@ -1439,14 +1441,19 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
-def resume_faults(record: dict, run: dict) -> list[str]:
+def resume_faults(file: Path, run: dict) -> list[str]:
     """How this run differs from the one whose record lies in output_dir, in what must not change between them."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        old, dataset, rows_per_step = record["settings"], record["dataset"]["sha256"], record["rows_per_step"]
+        old.get(None)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not the record of a run ({error}); start anew with --overwrite") from None
     names = "model_name load_in_4bit lora_r lora_alpha lora_target_modules max_seq_length eval_ratio split_seed seed "
     names += "num_train_epochs max_steps packing overlong"
-    old, new = record.get("settings", {}), run["settings"]
-    pairs = [(name, old.get(name), new[name]) for name in names.split()]
-    pairs.append(("rows in a step", record.get("rows_per_step"), run["rows_per_step"]))
-    pairs.append(("dataset (SHA-256)", record.get("dataset", {}).get("sha256"), run["dataset"]["sha256"]))
+    pairs = [(name, old.get(name), run["settings"][name]) for name in names.split()]
+    pairs.append(("rows in a step", rows_per_step, run["rows_per_step"]))
+    pairs.append(("dataset (SHA-256)", dataset, run["dataset"]["sha256"]))
     return [f"{name} was {before}, is {now}" for name, before, now in pairs if before != now]
 
 
@@ -1774,12 +1781,7 @@ def train_adapter(config, tokenizer, device: Device, train, rows, held_out, targ
     """Train on `train`, which is `rows` or packs of them, and save the result."""
     checkpoint = None
     if config.resume:
-        record = config.output_dir / "finetune_config.json"
-        try:
-            faults = resume_faults(json.loads(record.read_text(encoding="utf-8")), run)
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{record}: not the record of a run ({error}); start anew with --overwrite") from None
-        if faults:
+        if faults := resume_faults(config.output_dir / "finetune_config.json", run):
             raise UserError("--resume: this is another run than the one in output_dir: " + "; ".join(faults))
         checkpoint = newest_checkpoint(config.output_dir)
         say(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint yet: starting from the beginning")

@@ -9,19 +9,23 @@ a chat's memory in test_chat.py, broken adapters in test_inference.py and test_m
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, build_model, load_script, write_jsonl
-from test_qwen_finetuning import records, run_here
+from conftest import ROOT, build_model, build_tokenizer, load_script, write_jsonl
+from test_qwen_finetuning import base_flags, records, run_here
 
 qwen = load_script("qwen_finetuning")
 
@@ -74,8 +78,6 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(tmp_path, mon
 
     model = build_model("qwen2", tmp_path / "model", tie_word_embeddings=False)
     weights = load_file(model / "model.safetensors")
-    from conftest import build_tokenizer
-
     token = build_tokenizer()("~").input_ids[0]
     weights["model.embed_tokens.weight"][token] = torch.nan
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
@@ -279,3 +281,258 @@ t.run_here(patch, folder, Path({str(tiny_qwen2)!r}), *flags, "--resume")
     assert "left: ['README.md', 'checkpoint-2', 'finetune_config.json', 'held_out.jsonl']" in process.stdout
     assert "whole: {'checkpoint-2': True}" in process.stdout
     assert "resuming from outputs/checkpoint-2" in process.stderr and "trained 6 steps" in process.stdout
+
+
+# ------------------------------------------------------------------------------------------- malice
+
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "SWANLAB_API_KEY")
+MARK = "hf_markerWhichMustAppearNowhere"
+RED = "\x1b[31m\x1b]0;title\x07"
+
+
+def chain(model: Path, gpt2: Path) -> list[tuple]:
+    """The nine scripts with the arguments of a short run each, in an order in which each finds its files."""
+    data = ROOT / "tests" / "data"
+    mix = ("--orca_data_path", data / "slimorca.jsonl", "--pubmed_data_path", data / "pubmedqa.jsonl")
+    large = ("--stackexchange_data_path", data / "stackexchange.jsonl", "--output_file", "large.jsonl")
+    train = (*base_flags(model), "--skip_bad_rows", "--max_steps", "2")
+    return [
+        ("data_integration.py", *mix, "--total_samples", 20, "--my_report_data_path", "mine.jsonl"),
+        ("data_set_generation.py", *mix, *large, "--total_samples", 20, "--my_report_data_path", "mine.jsonl"),
+        ("qwen_finetuning.py", *train, "--eval_ratio", "0.2"),
+        ("inference.py", "--instruction", f"{RED}What costs 3?", "--max_new_tokens", 4),
+        ("chat.py", "--max_new_tokens", 4),
+        ("evaluate.py", "--max_new_tokens", 4, "--compare_base", "--rouge", "--skip_bad_rows"),
+        ("merge_model.py", "--dtype", "float32"),
+        ("sft_basics.py", "--model_name", gpt2, "--max_steps", 1, "--max_length", 64),
+        ("hf_finetune_scaffold.py", "--model", gpt2, "--max_length", 64, "--batch", 16),
+    ]
+
+
+def hostile_rows(folder: Path) -> None:
+    """Rows whose text, keys, roles and sources would steer a terminal or lead to a file, some of them unusable."""
+    rows = records(12)
+    rows[0]["output"] += RED
+    rows[1] |= {"source": "../../../etc/passwd", "system": RED + "{{ 7*7 }} {% include '/etc/passwd' %}"}
+    write_jsonl(folder / "data.jsonl", [*rows, {RED: RED}, {"messages": [{"role": RED, "content": RED}]}])
+    write_jsonl(folder / "mine.jsonl", [{"instruction": f"问 {i} {RED}", "output": f"答 {RED}"} for i in range(9)])
+
+
+def searched(folder: Path, printed: str) -> None:
+    """No secret in what a chain wrote and printed, and nothing printed that steers a terminal."""
+    assert MARK not in printed and "\x1b" not in printed and "\x07" not in printed
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 30 and not [path for path in files if MARK.encode() in path.read_bytes()]
+
+
+def test_no_script_connects_or_keeps_a_token_or_steers_the_terminal(
+    tmp_path, tiny_qwen2, tiny_gpt2, monkeypatch, capfd
+):
+    """The nine scripts in this process, where each try to reach another machine is noted and fails."""
+    tried = []
+
+    def refuse(self, address, *rest):
+        tried.append(address)
+        raise OSError(errno.ENETUNREACH, "no network here")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: refuse(None, host))
+    for name in SECRETS:
+        monkeypatch.setenv(name, MARK)
+    hostile_rows(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name, *args in chain(tiny_qwen2, tiny_gpt2):
+        asked = io.TextIOWrapper(
+            io.BytesIO(f"{RED}hello\n/save talk.jsonl\nquit\n".encode() if name == "chat.py" else b"")
+        )
+        monkeypatch.setattr("sys.stdin", asked)
+        script = load_script(name.removesuffix(".py"))
+        script.main(script.parse_args([str(arg) for arg in args]))
+    out, err = capfd.readouterr()
+    searched(tmp_path, out + err)
+    assert tried == []
+
+
+def test_a_model_that_wants_its_own_code_is_refused(ready, tiny_qwen2, monkeypatch):
+    model = shutil.copytree(tiny_qwen2, ready / "model")
+    settings = json.loads((model / "config.json").read_text())
+    settings |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (model / "config.json").write_text(json.dumps(settings))
+    (model / "own.py").write_text("open('ran', 'w')")
+    for script in ("qwen_finetuning", "inference"):
+        with pytest.raises(load_script(script).UserError, match="trust_remote_code") as error:
+            if script == "inference":
+                load_script(script).load_chat_model(str(model), None, False)
+            run_here(monkeypatch, ready, model)
+        assert "\n" not in str(error.value) and not Path("ran").exists()
+
+
+# ------------------------------------------------------------------------------------------ rubbish
+
+
+def mutated(source: bytes, number: random.Random) -> bytes:
+    """`source` with a few bytes changed, a piece cut out, doubled or put elsewhere, or some rubbish in it."""
+    pieces = [
+        b"\x00",
+        b"\xff\xfe",
+        b"\xed\xa0\x80",
+        b"[" * 2000,
+        b"{",
+        b'"',
+        b"null",
+        b"1e999",
+        b"\n",
+        b"-",
+        b": ",
+        b"!!",
+    ]
+    pieces += [b"[]", b"{}", b"''", b"true", b"&a [*a]", b"{{", b"{%", b"\x1b[31m", "芯".encode(), b"9" * 5000]
+    for _ in range(number.randint(1, 4)):
+        start = number.randrange(len(source) + 1)
+        end = min(len(source), start + int(number.expovariate(0.1)))
+        act = number.randrange(5)
+        source = source[:start] + (
+            number.choice(pieces) + source[start if act == 0 else end :]
+            if act < 2
+            else source[end:]
+            if act == 2
+            else source[start:end] + source[start:]
+            if act == 3
+            else number.randbytes(end - start) + source[end:]
+        )
+    return source[: number.randrange(len(source) + 1)] if number.random() < 0.15 else source
+
+
+def values_replaced(record: object, number: random.Random) -> object:
+    """A JSON value with some of its parts replaced by parts of other kinds."""
+    odd = [None, True, -1, 1e308, "", "x", "/gone", [], {}, [None], {"x": 1}, "\ud800", [[1]], 10**30]
+    if number.random() < 0.08:
+        return number.choice(odd)
+    if isinstance(record, dict):
+        return {key: values_replaced(value, number) for key, value in record.items() if number.random() > 0.04}
+    if isinstance(record, list):
+        return [values_replaced(value, number) for value in record]
+    return record
+
+
+def dataset_trial(folder: Path, number: random.Random, adapter: Path) -> None:
+    """Rubbish in one line of a dataset costs no row of another line, and nothing but UserError is raised."""
+    from collections import Counter
+
+    lines = [json.dumps(record, ensure_ascii=False).encode() for record in records(6)]
+    place = number.randrange(6)
+    bad = mutated(lines[place], number).replace(b"\n", b" ").replace(b"\r", b" ")
+    lines[place] = bad if place else bad.lstrip(b"\xff\xfe[ \t")  # in the first line they speak for the whole file
+    (folder / "data.jsonl").write_bytes(b"\n".join(lines))
+    ledger = Counter()
+    config = qwen.FinetuneConfig(dataset_path=str(folder / "data.jsonl"))
+    rows = list(qwen.checked_rows(config, ledger, []))
+    found = {row["messages"][1]["content"] for row in rows}
+    assert {record["instruction"] for i, record in enumerate(records(6)) if i != place} <= found
+    array = mutated(json.dumps(records(6), indent=1).encode(), number)
+    (folder / "data.json").write_bytes(array)
+    config.dataset_path = str(folder / "data.json")
+    list(qwen.checked_rows(config, ledger, []))
+
+
+def yaml_trial(folder: Path, number: random.Random, adapter: Path) -> None:
+    source = number.choice(sorted((ROOT / "configs").glob("*.yaml"))).read_bytes()
+    (folder / "run.yaml").write_bytes(mutated(source, number))
+    try:
+        qwen.parse_args(["--config", str(folder / "run.yaml")])
+    except SystemExit as end:
+        assert end.code == 2
+
+
+def template_trial(folder: Path, number: random.Random, adapter: Path) -> None:
+    source = (ROOT / "templates" / "qwen2_chatml.json").read_bytes()
+    replaced = json.dumps(values_replaced(json.loads(source), number)).encode()
+    (folder / "template.json").write_bytes(mutated(source, number) if number.random() < 0.5 else replaced)
+    if not hasattr(template_trial, "tokenizer"):
+        template_trial.tokenizer = build_tokenizer()
+    try:
+        qwen.set_template(template_trial.tokenizer, folder / "template.json")
+    except qwen.UserError:
+        return
+    with suppress(ValueError):  # the run's ledger names the rows which a template does not show as they are
+        qwen.encode_conversation(qwen.PROBE, template_trial.tokenizer)
+
+
+def record_trial(folder: Path, number: random.Random, adapter: Path) -> None:
+    """finetune_config.json as the four scripts that start from an adapter read it, up to the weights."""
+    copy = folder / "adapter"
+    if not copy.exists():
+        shutil.copytree(adapter, copy)
+    source = (adapter / "finetune_config.json").read_bytes()
+    replaced = json.dumps(values_replaced(json.loads(source), number)).encode()
+    (copy / "finetune_config.json").write_bytes(mutated(source, number) if number.random() < 0.4 else replaced)
+    script = load_script(number.choice(["inference", "chat", "evaluate"]))
+    weights = script.explaining
+
+    def stop_at_weights(what, name):
+        if what != "tokenizer":
+            raise script.UserError("weights")
+        return weights(what, name)
+
+    script.explaining = stop_at_weights
+    try:
+        if not script.model_faults(str(copy)):
+            script.load_chat_model(str(copy), None, False)
+    except script.UserError as error:
+        assert "\n" not in str(error)
+    finally:
+        script.explaining = weights
+    run = {"settings": qwen.asdict(qwen.FinetuneConfig()), "rows_per_step": 8, "dataset": {"sha256": ""}}
+    with suppress(qwen.UserError):
+        qwen.resume_faults(copy / "finetune_config.json", run)
+
+
+def adapter_trial(folder: Path, number: random.Random, adapter: Path) -> None:
+    """An adapter folder with files missing, cut or spoilt is loaded, or refused in one line."""
+    copy = folder / "adapter"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(adapter, copy)
+    for name in number.sample(sorted(path.name for path in copy.iterdir()), number.randint(1, 2)):
+        data = (copy / name).read_bytes()
+        act = number.randrange(3)
+        if act == 0:
+            (copy / name).unlink()
+        else:
+            (copy / name).write_bytes(data[: number.randrange(len(data))] if act == 1 else mutated(data, number))
+    script = load_script("inference")
+    try:
+        if not script.model_faults(str(copy)):
+            script.load_chat_model(str(copy), None, False)
+    except script.UserError as error:
+        assert "\n" not in str(error)
+
+
+TRIALS = (dataset_trial, yaml_trial, template_trial, record_trial, adapter_trial)
+
+
+def try_often(trial, count: int, folder: Path, adapter: Path, capsys) -> None:
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+
+    os.environ["COLUMNS"] = "100"
+    qwen.quiet_libraries()
+
+    @settings(max_examples=count, deadline=20_000, suppress_health_check=list(HealthCheck), database=None)
+    @given(st.integers(0, 2**63))
+    def once(seed):
+        trial(folder, random.Random(seed), adapter)
+        capsys.readouterr()
+
+    once()
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+def test_rubbish_gives_a_line_and_costs_no_good_row(trial, tmp_path, tiny_adapter, capsys):
+    try_often(trial, 15 if trial is adapter_trial else 60, tmp_path, tiny_adapter, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", TRIALS)
+def test_five_thousand_pieces_of_rubbish_a_reader(trial, tmp_path, tiny_adapter, capsys):
+    try_often(trial, 5000, tmp_path, tiny_adapter, capsys)

@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -536,3 +537,94 @@ def test_rubbish_gives_a_line_and_costs_no_good_row(trial, tmp_path, tiny_adapte
 @pytest.mark.parametrize("trial", TRIALS)
 def test_five_thousand_pieces_of_rubbish_a_reader(trial, tmp_path, tiny_adapter, capsys):
     try_often(trial, 5000, tmp_path, tiny_adapter, capsys)
+
+
+# ------------------------------------------------------------------------------- the full counts
+
+
+def started(cwd: Path, script: str, *args) -> subprocess.Popen:
+    """A script under way in one thread, its stderr to be read."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_twenty_kills_do_not_change_a_bit(tmp_path, tiny_qwen2):
+    """A checkpoint each step, so that most kills fall into a save; the noise of NEFTune is on."""
+    flags = ("--max_steps", "40", "--save_steps", "1", "--eval_strategy", "no", "--neftune_noise_alpha", "5", *KEEP)
+    number, half_written = random.Random(8), 0
+    kills = sorted(number.sample(range(1, 40), 20))
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_jsonl(folder / "data.jsonl", records(40))
+        for kill in [*(kills if name == "killed" else ()), None]:
+            resume = ("--resume",) if (folder / "outputs" / "finetune_config.json").exists() else ()
+            process = started(folder, "qwen_finetuning.py", *base_flags(tiny_qwen2), *flags, *resume)
+            for line in process.stderr:
+                half_written += "was not saved to its end" in line
+                if kill and f"Step {kill}/40" in line:
+                    time.sleep(number.uniform(0, 0.06))
+                    process.kill()
+                    break
+            process.communicate()
+            assert process.returncode == (-signal.SIGKILL if kill else 0)
+    weights, losses = {}, {}
+    for name in ("whole", "killed"):
+        weights[name] = (tmp_path / name / "Qwen_finetuning_model" / "adapter_model.safetensors").read_bytes()
+        history = json.loads((tmp_path / name / "outputs" / "trainer_state.json").read_text())["log_history"]
+        losses[name] = [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
+    print(f"{half_written} of 20 kills left a half-written checkpoint")
+    assert len(losses["whole"]) == 40 and losses["killed"] == losses["whole"]
+    assert weights["killed"] == weights["whole"]
+
+
+def own_memory(pid: int) -> int:
+    """Bytes of a process that no file stands behind; mapped Arrow files do not count."""
+    with suppress(OSError):
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+    return 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_240_000_rows_pass_in_bounded_memory_and_five_minutes(tmp_path, tiny_qwen2):
+    peaks, seconds = {}, {}
+    for count in (24_000, 240_000):
+        with open(tmp_path / "data.jsonl", "w", encoding="utf-8") as file:
+            for i in range(count):
+                answer = f"It costs {i} euros. " + "芯片由硅制成。" * (i % 20)
+                file.write(json.dumps({"instruction": f"What costs {i}? " * (1 + i % 12), "output": answer}) + "\n")
+        begin, peaks[count] = time.monotonic(), 0
+        process = started(tmp_path, "qwen_finetuning.py", *base_flags(tiny_qwen2), "--dry_run")
+        while process.poll() is None:
+            peaks[count] = max(peaks[count], own_memory(process.pid))
+            time.sleep(0.05)
+        seconds[count] = time.monotonic() - begin
+        assert process.returncode == 0, process.stderr.read()
+    print({count: f"{seconds[count]:.0f} s, {peaks[count] / 1e6:.0f} MB" for count in peaks})
+    assert seconds[240_000] < 300
+    assert peaks[240_000] - peaks[24_000] < 100e6  # 40 MB of it are the rows' digests, by which duplicates are found
+
+
+@pytest.mark.slow
+def test_2_000_evaluation_rows_killed_ten_times_are_each_answered_once(tmp_path, tiny_qwen2):
+    write_jsonl(tmp_path / "data.jsonl", records(2000))
+    flags = ("--model", tiny_qwen2, "--dataset_path", "data.jsonl", "--eval_ratio", "1", "--max_new_tokens", "4")
+    flags = (*flags, "--batch_size", "8")
+    unfinished, number = tmp_path / "evaluation_results" / "predictions.unfinished.jsonl", random.Random(8)
+    for kill in [*sorted(number.sample(range(50, 1900), 10)), None]:
+        process = started(tmp_path, "evaluate.py", *flags, *(("--resume",) if unfinished.exists() else ()))
+        while kill and process.poll() is None:
+            if unfinished.exists() and unfinished.read_bytes().count(b"\n") > kill:
+                process.kill()
+                break
+            time.sleep(0.005)
+        _, stderr = process.communicate()
+        assert process.returncode == (-signal.SIGKILL if kill else 0), stderr
+    lines = (tmp_path / "evaluation_results" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert sorted(row["index"] for row in rows) == list(range(2000))
+    metrics = json.loads((tmp_path / "evaluation_results" / "metrics.json").read_text())
+    assert "2000" in json.dumps(metrics)

@@ -610,6 +610,8 @@ def read_template(file: Path) -> dict:
             faults.append(f"{key!r} is missing or no {kind.__name__}")
         elif key in ("system", "user", "assistant") and template[key].count("{content}") != 1:
             faults.append(f"{key!r} needs {{content}} once, where the text goes")
+    if re.search("[\ud800-\udfff]", json.dumps(template, ensure_ascii=False)):
+        faults.append("half a character (a lone surrogate) is in it")
     if not faults and not (template["assistant"].startswith(template["generation_prompt"]) and template["stop_tokens"]):
         faults = ["'assistant' must begin with 'generation_prompt', and 'stop_tokens' must name one"]
     if faults:

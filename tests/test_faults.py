@@ -147,6 +147,21 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_from_it(ready, tiny_qw
     assert signal.getsignal(signal.SIGTERM) == earlier
 
 
+@pytest.mark.slow
+def test_sigterm_to_a_launcher_leaves_one_whole_checkpoint_of_two_processes(ready, tiny_qwen2):
+    from test_distributed import launch
+
+    agent = launch(ready, tiny_qwen2, "--num_train_epochs", "200", "--save_strategy", "no", "--eval_strategy", "no")[0]
+    for line in agent.stdout:
+        if "Step 4/" in line:
+            agent.send_signal(signal.SIGTERM)
+            break
+    printed = agent.communicate(timeout=60)[0]
+    step = re.search(r"terminated; checkpoint-(\d+) is saved", printed)[1]
+    assert checkpoints(ready) == {f"checkpoint-{step}": True}
+    assert {f"rng_state_{rank}.pth" for rank in (0, 1)} <= set(os.listdir(ready / "outputs" / f"checkpoint-{step}"))
+
+
 # -------------------------------------------------------------------------------- no room left
 
 

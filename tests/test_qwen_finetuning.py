@@ -305,6 +305,35 @@ def test_neftune_scales_its_noise_by_each_rows_own_length(tiny_qwen2):
     assert (seen[1] == plain).all()
 
 
+def test_the_loss_on_a_cpu_is_the_one_that_trl_computes(tmp_path, tiny_qwen2):
+    """Same value and same gradients in float32, alone and in a step of several forwards."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTTrainer
+
+    config = qwen.FinetuneConfig(model_name=str(tiny_qwen2), output_dir=tmp_path / "outputs", neftune_noise_alpha=0)
+    rows = Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in encoded_rows(6)])
+    device = qwen.find_device(False, "float32")
+    args = qwen.training_args(config, device, len(rows), held_out=True, recompute=False)
+    model, tokenizer = qwen.load_model(config, device), AutoTokenizer.from_pretrained(tiny_qwen2)
+    trainer = qwen.build_trainer(config, args, model, tokenizer, rows, rows, config.lora_target_modules, {})
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = trainer.data_collator([rows[i] for i in range(3)])
+    found = []
+    for compute in (type(trainer).compute_loss, SFTTrainer.compute_loss):
+        for count in (None, torch.tensor(50)):
+            trainer.model.zero_grad()
+            loss = compute(trainer, trainer.model, dict(batch), num_items_in_batch=count)
+            loss.backward()
+            norms = [p.grad.norm().item() for p in trainer.model.parameters() if p.grad is not None]
+            found.append([loss.item(), *norms])
+    assert found[0] == pytest.approx(found[2], rel=1e-4) and found[1] == pytest.approx(found[3], rel=1e-4)
+    assert found[0] != pytest.approx(found[1], rel=1e-2)
+
+
 def four_bit_trainer(tmp_path: Path, tiny_qwen2: Path):
     """A trainer of a 4-bit model over a few rows, as `train_and_save` builds it."""
     from datasets import Dataset

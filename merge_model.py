@@ -206,7 +206,7 @@ def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or p
         base = str(read_run(path).get("base_model") or adapter["base_model_name_or_path"])
     except UserError as error:
         return [str(error)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         return [f"{settings}: not the settings of an adapter ({error}); take it from the training's output again"]
     faults = model_faults(base, "Put it there, or start from the folder where the training was started")
     return [f"{name} is an adapter whose base model is missing: {fault}" for fault in faults]
@@ -223,15 +223,16 @@ def read_run(folder: Path) -> dict:
         parts = [run, *(run.get(key, {}) for key in ("settings", "chat_template", "dataset"))]
         if not all(isinstance(part, dict) for part in parts):
             raise ValueError("expected objects")
-        texts = dict.fromkeys(("base_model", "system_prompt", "dtype", "held_out_file", "tokenizer_dir", "path"), str)
-        kinds = texts | {"max_seq_length": int, "held_out": list, "end_of_turn_ids": list}
+        paths = dict.fromkeys(("base_model", "held_out_file", "tokenizer_dir", "path"), str)
+        kinds = paths | {"system_prompt": str, "max_seq_length": int, "held_out": list, "end_of_turn_ids": list}
         for key, value in (pair for part in parts for pair in part.items()):
             odd = key == "dtype" and value not in ("auto", "bfloat16", "float16", "float32")
             odd = odd or (key == "end_of_turn_ids" and not {type(item) for item in value or [0]} <= {int})
-            if odd or not isinstance(value, kinds.get(key, object)):
-                raise ValueError(f"{key} is {value!r}")
+            odd = odd or not isinstance(value, kinds.get(key, object))
+            if odd or (key in paths and max(map(len, os.fsencode(value).split(b"/"))) > 255):  # no file has such a name
+                raise ValueError(f"{key} is {str(value)[:80]!r}")
         return run
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise UserError(
             f"{path}: not the record of a run ({error}); take it from the training's output again"
         ) from None

@@ -601,7 +601,7 @@ def read_template(file: Path) -> dict:
     """A file of templates/, checked. Raises UserError that names the file and what is wrong with it."""
     try:
         template = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: can not be read as a chat template: {error}") from None
     template = template if isinstance(template, dict) else {}
     faults = [f"unknown key {key!r}" for key in template if key not in TEMPLATE]
@@ -1471,7 +1471,7 @@ def resume_faults(file: Path, run: dict) -> list[str]:
         record = json.loads(file.read_text(encoding="utf-8"))
         old, dataset, rows_per_step = record["settings"], record["dataset"]["sha256"], record["rows_per_step"]
         old.get(None)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not the record of a run ({error}); start anew with --overwrite") from None
     names = "model_name load_in_4bit lora_r lora_alpha lora_target_modules max_seq_length eval_ratio split_seed seed "
     names += "num_train_epochs max_steps packing overlong"

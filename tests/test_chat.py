@@ -184,7 +184,7 @@ class Terminal:
             os.execv(sys.executable, [sys.executable, str(ROOT / "chat.py"), *map(str, args)])
         self.seen = ""
 
-    def until(self, words: str, seconds: float = 60) -> str:
+    def until(self, words: str, seconds: float = 180) -> str:
         """Everything up to `words`, which must come within `seconds`."""
         import select
 
@@ -195,7 +195,7 @@ class Terminal:
         before, _, self.seen = data.decode(errors="replace").partition(words)
         return before
 
-    def more(self, seconds: float = 60) -> None:
+    def more(self, seconds: float = 180) -> None:
         """Wait for anything more to come."""
         import select
 

@@ -88,7 +88,8 @@ def test_4_bit_under_two_processes_trains_and_resumes_with_one(tmp_path, tiny_qw
     agents[0].communicate(timeout=60)
     process = run_script("qwen_finetuning.py", *base_flags(tiny_qwen2), *flags, "--resume", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert "resuming from outputs/checkpoint-15" in process.stderr
+    # SIGTERM saves the step that was running, or the one after it where the signal came between two
+    assert re.search(r"resuming from outputs/checkpoint-(1[7-9]|2\d)\n", process.stderr), process.stderr
     record = json.loads((tmp_path / "Qwen_finetuning_model/finetune_config.json").read_text())
     assert record["result"]["loss_after"] < record["result"]["loss_before"] - 0.5
 

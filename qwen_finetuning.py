@@ -36,7 +36,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -68,6 +68,13 @@ PROBE = [
     {"role": "user", "content": "Thanks"},
     {"role": "assistant", "content": "Bye"},
 ]
+# The ledger: what becomes of a row that was read, and what is counted about those that are used.
+ROW_FATES = ("unreadable", "wrong_shape", "empty_answer", "exact_duplicate", "over_length", "no_supervised_token")
+ROW_FATES += ("train", "eval")
+ROW_COUNTS = ("answers_cut", "answers_without_end_of_turn", "records_with_control_tokens", "prompts_not_a_prefix")
+ROW_COUNTS += ("tokens", "supervised_tokens")
+DATA_SETTINGS = ("dataset_path", "system_prompt", "max_seq_length", "overlong", "skip_bad_rows", "eval_ratio")
+DATA_SETTINGS += ("split_seed",)
 # How people call settings in a YAML file where that is neither our name nor, as section_key, our name in two parts.
 ALIASES = {"epochs": "num_train_epochs", "lr": "learning_rate", "batch_size": "per_device_train_batch_size"}
 ALIASES |= {"gradient_accumulation": "gradient_accumulation_steps", "max_length": "max_seq_length"}
@@ -698,37 +705,39 @@ def checked_rows(config: FinetuneConfig, ledger: Counter, faults: list[str]) -> 
         yield {"where": where, "digest": digest, "messages": messages}
 
 
-def encode_row(row: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, overlong: str) -> dict:
-    """Token ids and labels of a row, cut to `max_seq_length`, and what there is to count about it.
+def answer_ends(labels: list[int]) -> list[int]:
+    """Where each answer ends: the places of its end-of-turn token.
 
-    `state` is "" for a row to train on, else why it is none.
+    >>> answer_ends([-100, 7, 8, -100, 9])
+    [2, 4]
+    """
+    return [i for i, label in enumerate(labels) if label != -100 and labels[i + 1 : i + 2] in ([], [-100])]
+
+
+def encode_row(row: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, overlong: str) -> dict:
+    """`input_ids` and `labels` of a row, cut to `max_seq_length`, what there is to count (ROW_COUNTS), and its `state`.
+
+    The state is "" for a row to train on, else why it is none.
     """
     try:
         encoded = encode_conversation(row["messages"], tokenizer)
     except ValueError as error:
-        return {"input_ids": [], "labels": [], "state": f"wrong_shape: {error}", "counts": [0, 0, 0, 0]}
-    input_ids, labels = encoded["input_ids"], encoded["labels"]
-    answers = [i for i, label in enumerate(labels) if label != -100 and labels[i + 1 : i + 2] in ([], [-100])]
-    lost = sum(end >= max_seq_length for end in answers)
-    cut = lost and any(label != -100 for label in labels[:max_seq_length])
-    state = ""
-    if len(input_ids) > max_seq_length:
-        state = "over_length" if overlong != "truncate" else ""
-    if not state and all(label == -100 for label in labels[:max_seq_length]):
-        state = "no_supervised_token"
+        return {"input_ids": [], "labels": [], "state": f"wrong_shape: {error}", "counts": [0] * len(ROW_COUNTS)}
+    input_ids, labels = encoded["input_ids"][:max_seq_length], encoded["labels"][:max_seq_length]
+    supervised = sum(label != -100 for label in labels)
+    lost_ends = sum(end >= max_seq_length for end in answer_ends(encoded["labels"]))
     controls = any(control_tokens(tokenizer)[1].search(message["content"]) for message in row["messages"])
-    return {
-        "input_ids": input_ids[:max_seq_length],
-        "labels": labels[:max_seq_length],
-        "state": state,
-        "counts": [int(bool(cut)), lost, int(controls), encoded["broken_prompts"]],
-    }
+    state = "" if supervised else "no_supervised_token"
+    if overlong != "truncate" and len(encoded["input_ids"]) > max_seq_length:
+        state = "over_length"
+    counts = [lost_ends > 0 < supervised, lost_ends, controls, encoded["broken_prompts"], len(input_ids), supervised]
+    return {"input_ids": input_ids, "labels": labels, "state": state, "counts": [int(count) for count in counts]}
 
 
 def prepare_data(
     config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, cache: str
 ) -> tuple[Dataset, Dataset | None, dict, list[str]]:
-    """Read, check, split and encode the dataset.
+    """Read, check, split and encode the dataset, on disk in the folder `cache`.
 
     Returns the training rows and the held-out rows (`input_ids`, `labels`, `where`), the ledger, and the digests of the
     held-out rows. Raises UserError that names the first ten rows which can not be used, or where none is left.
@@ -737,13 +746,10 @@ def prepare_data(
     from datasets.exceptions import DatasetGenerationError
 
     ledger, faults = Counter(), []
-    features = Features(
-        where=Value("string"),
-        digest=Value("string"),
-        messages=List({"role": Value("string"), "content": Value("string")}),
-    )
+    text, numbers = Value("string"), List(Value("int32"))
+    columns = Features(where=text, digest=text, messages=List({"role": text, "content": text}))
     try:
-        rows = Dataset.from_generator(lambda: checked_rows(config, ledger, faults), features=features, cache_dir=cache)
+        rows = Dataset.from_generator(lambda: checked_rows(config, ledger, faults), features=columns, cache_dir=cache)
     except DatasetGenerationError as error:
         raise (error.__cause__ if isinstance(error.__cause__, UserError) else error) from None
     except ValueError:  # how `datasets` puts it that there is no row at all
@@ -755,85 +761,76 @@ def prepare_data(
             f"{config.dataset_path}: {ledger['rows_read']} rows read, {len(rows)} of them usable; "
             f"training needs at least {needed}"
         )
-    parts = {"train": rows, "eval": None}
+    columns = Features(where=text, digest=text, input_ids=numbers, labels=numbers, state=text, counts=numbers)
+    settings = {"tokenizer": tokenizer, "max_seq_length": config.max_seq_length, "overlong": config.overlong}
+    settings = {"fn_kwargs": settings, "num_proc": os.cpu_count() if len(rows) > 5000 else None}
+    rows = rows.map(encode_row, **settings, remove_columns="messages", features=columns, desc="Tokenising")
+    states = list(zip(rows["where"], rows["state"], strict=True))
+    ledger.update(state.partition(":")[0] for _, state in states if state)
+    stop_for([f"{where}: {state}" for where, state in states if ":" in state], config.skip_bad_rows)
+    if config.overlong == "error" and ledger["over_length"]:
+        long = [where for where, state in states if state == "over_length"]
+        first = "".join(f"\n  {where}: longer than --max_seq_length {config.max_seq_length}" for where in long[:10])
+        raise UserError(f"{len(long)} rows are too long; shorten them, or pass --overlong truncate or drop{first}")
+    # split first, drop then: no length setting may move a row from one side to the other
+    parts = {"train": rows}
     if config.eval_ratio:
         split = rows.train_test_split(test_size=config.eval_ratio, seed=config.split_seed)
         parts = {"train": split["train"], "eval": split["test"]}
-
-    counts, held_out = Counter(), []
-    for name, part in parts.items():
-        if part is None:
-            continue
-        part = part.map(
-            encode_row,
-            fn_kwargs={
-                "tokenizer": tokenizer,
-                "max_seq_length": config.max_seq_length,
-                "overlong": config.overlong,
-            },
-            num_proc=os.cpu_count() if len(part) > 5000 else None,
-            remove_columns="messages",
-            desc="Tokenising",
-        )
-        states = part["state"]
-        ledger.update(state.split(":")[0] for state in states if state)
-        faults += [f"{where}: {state}" for where, state in zip(part["where"], states, strict=True) if ":" in state]
-        if config.overlong == "error":
-            faults += [
-                f"{where}: longer than --max_seq_length {config.max_seq_length}"
-                for where, state in zip(part["where"], states, strict=True)
-                if state == "over_length"
-            ]
-        part = part.filter(lambda state: not state, input_columns="state")
-        for row in part.select_columns(["labels", "counts"]):
-            counts.update(
-                dict(zip(("cut", "lost_end", "control_tokens", "broken_prompts"), row["counts"], strict=True))
-            )
-            counts.update(tokens=len(row["labels"]), supervised=sum(label != -100 for label in row["labels"]))
-        ledger[name] = len(part)
-        if name == "eval":
-            held_out = part["digest"]
-        parts[name] = part.select_columns(["input_ids", "labels", "where"])
-    stop_for(faults, config.skip_bad_rows and config.overlong != "error")
+    parts = {name: part.filter(lambda state: not state, input_columns="state") for name, part in parts.items()}
+    ledger.update({name: len(part) for name, part in parts.items()})
     if not ledger["train"]:
         raise UserError(f"{config.dataset_path}: no row is left to train on: {dict(ledger)}")
-    names = "rows_read unreadable wrong_shape empty_answer exact_duplicate over_length no_supervised_token train eval"
-    book = {name: ledger[name] for name in names.split()}
-    assert book["rows_read"] == sum(book.values()) - book["rows_read"], f"rows are missing from the ledger: {book}"
-    book |= {
-        "answers_cut": counts["cut"],
-        "answers_without_end_of_turn": counts["lost_end"],
-        "records_with_control_tokens": counts["control_tokens"],
-        "prompts_not_a_prefix": counts["broken_prompts"],
-        "tokens": counts["tokens"],
-        "supervised_tokens": counts["supervised"],
-    }
-    return parts["train"], parts["eval"] if ledger["eval"] else None, book, list(held_out)
+    book = {name: ledger[name] for name in ROW_FATES}
+    assert ledger["rows_read"] == sum(book.values()), f"rows are missing from the ledger: {ledger}"
+    counts = [sum(column) for column in zip(*(row for part in parts.values() for row in part["counts"]), strict=True)]
+    book = {"rows_read": ledger["rows_read"], **book, **dict(zip(ROW_COUNTS, counts, strict=True))}
+    digests = list(parts["eval"]["digest"]) if ledger["eval"] else []
+    train, held_out = (
+        parts[name].select_columns(["input_ids", "labels", "where"]) if ledger[name] else None
+        for name in ("train", "eval")
+    )
+    return train, held_out, book, digests
 
 
-def prepare_once(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, cache: str) -> tuple:
-    """`prepare_data`, done by one process of each machine; the others read what it prepared."""
-    if process_count() == 1:
-        return prepare_data(config, tokenizer, cache)
-    import torch
-    from accelerate import PartialState
-    from datasets import load_from_disk
+def prepared_data(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> tuple:
+    """What `prepare_data` gives, from the cache of the datasets library (HF_DATASETS_CACHE) where it lies there.
 
-    state = PartialState(cpu=not torch.cuda.is_available())
-    shared = Path(tempfile.gettempdir()) / f"sft-{os.environ['MASTER_PORT']}-{os.environ.get('GROUP_RANK', 0)}"
-    if state.is_local_main_process:
-        train, held_out, ledger, digests = prepare_data(config, tokenizer, cache)
-        for name, rows in (("train", train), ("eval", held_out)):
-            if rows is not None:
-                rows.save_to_disk(shared / name)
-        write_json(shared / "ledger.json", {"ledger": ledger, "digests": digests})
-    state.wait_for_everyone()
-    book = json.loads((shared / "ledger.json").read_text(encoding="utf-8"))
-    parts = [load_from_disk(shared / name) if (shared / name).is_dir() else None for name in ("train", "eval")]
-    state.wait_for_everyone()  # all have opened the files: their names may go
-    if state.is_local_main_process:
-        shutil.rmtree(shared)
-    return *parts, book["ledger"], book["digests"]
+    One process of each machine prepares it; the others, and later runs with the same dataset file, tokenizer and data
+    settings, read it.
+    """
+    import datasets
+    from datasets.fingerprint import Hasher
+
+    settings, sha256 = [getattr(config, name) for name in DATA_SETTINGS], sha256_of(Path(config.dataset_path))
+    machine = "" if sha256 else os.environ.get("GROUP_RANK")  # a hub dataset is read anew, by each machine for itself
+    key = Hasher.hash((Path(__file__).read_bytes(), tokenizer, library_versions(), settings, sha256, machine))
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "qwen_finetuning" / key
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not (sha256 and folder.is_dir()):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shortage = explaining_shortage(f"memory ran out while {config.dataset_path} was read", folder.parent)
+        with shortage, tempfile.TemporaryDirectory(dir=folder.parent) as work:
+            train, held_out, ledger, digests = prepare_data(config, tokenizer, work)
+            whole = Path(work) / "whole"
+            train.save_to_disk(whole / "train")
+            if held_out is not None:
+                held_out.save_to_disk(whole / "eval")
+            write_json(whole / "ledger.json", {"ledger": ledger, "digests": digests})
+            with suppress(OSError):  # it is there already: another machine on the same disk was faster
+                whole.rename(folder)
+    else:
+        say(f"{config.dataset_path} was prepared before, in {folder}")
+    if process_count() > 1:
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+    book = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
+    train, held_out = (
+        datasets.load_from_disk(folder / name) if (folder / name).is_dir() else None for name in ("train", "eval")
+    )
+    return train, held_out, book["ledger"], book["digests"]
 
 
 # Same in: evaluate.py, qwen_finetuning.py
@@ -1657,34 +1654,42 @@ def remove_earlier_run(output_dir: Path) -> None:
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens with which the training data ends an answer; generation stops at them."""
     labels = encode_conversation(PROBE, tokenizer)["labels"]
-    return sorted({label for i, label in enumerate(labels) if label != -100 and labels[i + 1 : i + 2] in ([], [-100])})
+    return sorted({labels[end] for end in answer_ends(labels)})
+
+
+def library_versions() -> dict[str, str]:
+    """What is installed of the libraries that decide what a run gives."""
+    from importlib.metadata import version
+
+    libraries = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+    return {name: version(name) for name in libraries}
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file; "" for a folder or a hub id."""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def run_record(config: FinetuneConfig, tokenizer, model_config, ledger: dict, held_out: list[str]) -> dict:
     """What `finetune_config.json` holds: everything the other scripts, or a person next year, must know of a run."""
-    from importlib.metadata import version
-
-    source = Path(config.dataset_path)
-    sha256 = ""
-    if source.is_file():
-        with open(source, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-    libraries = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+    dataset = {"path": config.dataset_path, "rows": ledger["rows_read"], "sha256": sha256_of(Path(config.dataset_path))}
     return {
         "base_model": config.model_name,
         "base_revision": getattr(model_config, "_commit_hash", None),
         "system_prompt": config.system_prompt,
         "max_seq_length": config.max_seq_length,
-        "dataset": {"path": config.dataset_path, "rows": ledger["rows_read"], "sha256": sha256},
+        "dataset": dataset,
         "split": {"eval_ratio": config.eval_ratio, "split_seed": config.split_seed},
         "held_out": held_out,
         "held_out_file": str(config.output_dir / "held_out.jsonl"),
         "rows_per_step": config.per_device_train_batch_size * config.gradient_accumulation_steps * process_count(),
         "chat_template": fingerprint(tokenizer) | {"end_of_turn_ids": end_of_turn_ids(tokenizer)},
         "ledger": ledger,
-        "settings": json.loads(json.dumps(settings)),
-        "versions": {name: version(name) for name in libraries},
+        "settings": json.loads(json.dumps(asdict(config), default=str)),  # as the file will hold them
+        "versions": library_versions(),
     }
 
 
@@ -1739,15 +1744,13 @@ def main(config: FinetuneConfig) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
-    with tempfile.TemporaryDirectory() as cache:
-        with explaining_shortage(f"memory ran out while {config.dataset_path} was read", Path(cache)):
-            train, held_out, ledger, digests = prepare_once(config, tokenizer, cache)
-        if is_main_process():
-            print(f"{config.dataset_path}:")
-            show_ledger(ledger)
-            print(f"\nthe first training example ({train[0]['where']}):\n{preview(train[0], tokenizer)}\n", flush=True)
-        run = run_record(config, tokenizer, model_config, ledger, digests)
-        train_and_save(config, tokenizer, model_config, train, held_out, run, started)
+    train, held_out, ledger, digests = prepared_data(config, tokenizer)
+    if is_main_process():
+        print(f"{config.dataset_path}:")
+        show_ledger(ledger)
+        print(f"\nthe first training example ({train[0]['where']}):\n{preview(train[0], tokenizer)}\n", flush=True)
+    run = run_record(config, tokenizer, model_config, ledger, digests)
+    train_and_save(config, tokenizer, model_config, train, held_out, run, started)
 
 
 def train_and_save(config, tokenizer, model_config, train, held_out, run: dict, started: float) -> None:

@@ -122,11 +122,17 @@ def measure(title: str, script: str, folder: Path, rows: int, *flags) -> float:
 
 
 def main(rows: list[int], pubmed: Path | None, folder: Path) -> None:
-    times = {}
+    times, real = {}, pubmed.read_text(encoding="utf-8").split("\n") if pubmed else []
     for total in sorted(rows):
         report = ROOT / "my_dataset.json"
         orca = make(folder / "orca.jsonl", total, lambda rng, number: orca_row(rng))
-        papers = pubmed.resolve() if pubmed else make(folder / "pubmed.jsonl", 1000, pubmed_row)
+        # PubMedQA has 1,000 rows, all of them in the largest mix; in a smaller one its share must be the same, as its
+        # rows cost less than a page of HTML: otherwise the growth of the time would tell of the mixture
+        papers = make(
+            folder / "pubmed.jsonl",
+            max(1000 * total // max(rows), 1),
+            lambda rng, number: json.loads(real[number]) if real else pubmed_row(rng, number),
+        )
         posts = make(folder / "posts.jsonl", total, stackexchange_row)
         local = ["--my_report_data_path", report, "--orca_data_path", orca, "--pubmed_data_path", papers]
         everything = [*local, "--stackexchange_data_path", posts]

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ sys.path.insert(0, str(ROOT))
 
 # No test may reach a hub; and tiny models are faster on one thread, above all beside others.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+# Nor may one find what an earlier one prepared.
+CACHE = tempfile.TemporaryDirectory(prefix="sft-tests-")
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

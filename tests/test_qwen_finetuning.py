@@ -244,6 +244,32 @@ def test_bad_rows_stop_the_run_by_name(tmp_path):
         prepare(tmp_path, lines[:6], overlong="error", max_seq_length=20)
 
 
+def test_what_was_prepared_is_read_again_until_something_changes(tmp_path, monkeypatch):
+    data, tokenizer, prepared = write_jsonl(tmp_path / "data.jsonl", records(30)), build_tokenizer(), []
+    work = qwen.prepare_data
+    monkeypatch.setattr(qwen, "prepare_data", lambda *args: prepared.append(args) or work(*args))
+
+    def rows_of(**settings) -> list:
+        train, held_out, ledger, digests = qwen.prepared_data(
+            qwen.FinetuneConfig(dataset_path=str(data), **settings), tokenizer
+        )
+        return [train.to_list(), held_out.to_list(), ledger, digests]
+
+    first = rows_of()
+    assert rows_of() == first == rows_of(learning_rate=1.0) and len(prepared) == 1
+    rows_of(max_seq_length=1000)
+    rows_of(split_seed=1)
+    assert len(prepared) == 3
+    write_jsonl(data, records(31))
+    assert rows_of()[2]["rows_read"] == 31 and len(prepared) == 4
+    tokenizer.chat_template += "\n"
+    rows_of()
+    assert len(prepared) == 5
+    assert not [
+        path for path in Path(os.environ["HF_DATASETS_CACHE"], "qwen_finetuning").iterdir() if "tmp" in path.name
+    ]
+
+
 def test_arrays_and_byte_order_marks_are_read(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(records(3), indent=1).encode())
     rows = list(qwen.read_rows(tmp_path / "a.json"))

@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import sys
@@ -53,11 +54,13 @@ def setting(default, help: str, **extra):
 class Config:
     model: str = setting("Qwen_finetuning_model", "adapter or model folder, checkpoint, hub id or .gguf file")
     system_prompt: str | None = setting(None, "system message; None takes the one of the training, '' none")
-    max_new_tokens: int = setting(512, "longest answer in tokens")
-    temperature: float = setting(0.8, "0 always takes the likeliest token; higher is freer")
-    top_p: float = setting(0.9, "sample from the likeliest tokens that make up this share")
-    repetition_penalty: float = setting(1.3, "above 1: tokens of the answer so far become less likely")
-    no_repeat_ngram_size: int = setting(3, "no run of this many tokens comes twice in an answer; 0 for no limit")
+    max_new_tokens: int = setting(512, "longest answer in tokens", above=0)
+    temperature: float = setting(0.8, "0 always takes the likeliest token; higher is freer", at_least=0)
+    top_p: float = setting(0.9, "sample from the likeliest tokens that make up this share", above=0, at_most=1)
+    repetition_penalty: float = setting(1.3, "above 1: tokens of the answer so far become less likely", above=0)
+    no_repeat_ngram_size: int = setting(
+        3, "no run of this many tokens comes twice in an answer; 0 for no limit", at_least=0
+    )
     seed: int = setting(3407, "the same seed and the same words give the same answers")
     load_in_4bit: bool | None = setting(None, "4-bit base weights; None does as the training did")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
@@ -99,26 +102,22 @@ def parse_args(argv: list[str] | None = None) -> Config:
     """Settings from the command line. Exits with 2 for what can not be."""
     parser = settings_parser(Config, __doc__)
     config = Config(**vars(parser.parse_args(argv)))
-    if faults := decoding_faults(config):
+    if faults := range_faults(config):
         parser.error("\n".join(faults))
     return config
 
 
 # Same in: chat.py, evaluate.py, inference.py
-def decoding_faults(config: Config) -> list[str]:
-    """What can not be right in the decoding settings, one line each."""
-    limits = {
-        "max_new_tokens": (1, math.inf),
-        "temperature": (0, math.inf),
-        "top_p": (1e-9, 1),
-        "repetition_penalty": (1e-9, math.inf),
-        "no_repeat_ngram_size": (0, math.inf),
-    }
-    return [
-        f"--{name} is {getattr(config, name)}; it must be from {low:g} to {high:g}"
-        for name, (low, high) in limits.items()
-        if not low <= getattr(config, name) <= high
-    ]
+def range_faults(config: Config) -> list[str]:
+    """The settings beyond the bounds that their fields name (`above`, `at_least`, `at_most`), one line each."""
+    holds = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
+    faults = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        for bound in [name for name in holds if name in f.metadata and value is not None]:
+            if not holds[bound](value, f.metadata[bound]):
+                faults.append(f"--{f.name} is {value}; it must be {bound.replace('_', ' ')} {f.metadata[bound]}")
+    return faults
 
 
 # Same in: all nine scripts
@@ -289,57 +288,97 @@ def explaining(what: str, name: str) -> Iterator[None]:
 def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> list[str]:
     """What keeps `name` from being a model to load, one line each, seen from its files alone."""
     path = Path(name)
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return []
-        return [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
-    if not path.is_dir():
-        looks_local = name.count("/") != 1 or name.startswith((".", "/", "models/", "outputs/"))
-        return [f"{name}: no such folder. {mend}"] if looks_local else []
+    if os.path.isfile(name):  # unlike Path.is_file it answers for every text, however long
+        wrong = [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
+        return [] if path.suffix == ".gguf" else wrong
+    if not os.path.isdir(name):
+        hub_id = name.count("/") == 1 and not name.startswith((".", "/", "models/", "outputs/")) and len(name) <= 96
+        return [] if hub_id else [f"{name}: no such folder. {mend}"]
     if not any(path.glob("*.safetensors")):
         return [f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"]
-    settings = path / "adapter_config.json"
-    if not settings.is_file():
-        return (
-            [] if (path / "config.json").is_file() else [f"{name}: neither adapter_config.json nor config.json in it"]
-        )
+    if not (path / "adapter_config.json").is_file():
+        wrong = [f"{name}: neither adapter_config.json nor config.json in it"]
+        return [] if (path / "config.json").is_file() else wrong
     try:
-        adapter = json.loads(settings.read_text(encoding="utf-8"))
-        if not isinstance(adapter, dict):
-            raise TypeError("expected an object")
-        base = str(read_run(path).get("base_model") or adapter["base_model_name_or_path"])
+        base = base_of(path, read_run(path))
     except UserError as error:
         return [str(error)]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        return [f"{settings}: not the settings of an adapter ({error}); take it from the training's output again"]
     faults = model_faults(base, "Put it there, or start from the folder where the training was started")
     return [f"{name} is an adapter whose base model is missing: {fault}" for fault in faults]
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py
 def read_run(folder: Path) -> dict:
-    """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none."""
+    """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none.
+
+    Raises UserError where a part that the scripts use is missing or of another kind than the training writes.
+    """
     path = folder / "finetune_config.json"
     if not path.is_file():
         return {}
-    try:
+    with suppress(OSError, ValueError, RecursionError):
         run = json.loads(path.read_text(encoding="utf-8"))
-        parts = [run, *(run.get(key, {}) for key in ("settings", "chat_template", "dataset"))]
-        if not all(isinstance(part, dict) for part in parts):
-            raise ValueError("expected objects")
-        paths = dict.fromkeys(("base_model", "held_out_file", "tokenizer_dir", "path"), str)
-        kinds = paths | {"system_prompt": str, "max_seq_length": int, "held_out": list, "end_of_turn_ids": list}
-        for key, value in (pair for part in parts for pair in part.items()):
-            odd = key == "dtype" and value not in ("auto", "bfloat16", "float16", "float32")
-            odd = odd or (key == "end_of_turn_ids" and not {type(item) for item in value or [0]} <= {int})
-            odd = odd or not isinstance(value, kinds.get(key, object))
-            if odd or (key in paths and max(map(len, os.fsencode(value).split(b"/"))) > 255):  # no file has such a name
-                raise ValueError(f"{key} is {str(value)[:80]!r}")
-        return run
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
+        match run:
+            case {
+                "base_model": str(),
+                "system_prompt": str(),
+                "max_seq_length": int(),
+                "held_out": list(),
+                "held_out_file": str(),
+                "dataset": {"path": str(), "sha256": str()},
+                "chat_template": {"sha256": str(), "probe_ids": list(), "end_of_turn_ids": [*ids]},
+                "settings": {"dtype": "auto" | "bfloat16" | "float16" | "float32", "tokenizer_dir": str()},
+            } if all(isinstance(id, int) for id in ids):
+                return run
+    raise UserError(f"{path}: not the record of a run, or cut; take it from the training's output again")
+
+
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py
+def base_of(folder: Path, run: dict) -> str:
+    """Name of an adapter's base model, as its run or PEFT's own settings have it. Raises UserError if they are cut."""
+    path = folder / "adapter_config.json"
+    try:
+        named = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not the record of a run ({error}); take it from the training's output again"
+            f"{path}: not the settings of an adapter ({error}); take it from the training's output again"
         ) from None
+    return run.get("base_model") or str(named)
+
+
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: dict) -> list[int]:
+    """Ids of the tokens that end an answer: the model's own, the tokenizer's, and those that the training used."""
+    own = model.generation_config.eos_token_id
+    trained = run.get("chat_template", {}).get("end_of_turn_ids", [])
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *trained} - {None})
+
+
+# Same in: chat.py, evaluate.py, inference.py
+def load_tokenizer(name: str, source: dict, run: dict) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder, else where its training left it, else that of `source`.
+
+    `source` is what `from_pretrained` takes for the base model. Raises UserError where the tokenizer does not write
+    conversations as the training did.
+    """
+    from transformers import AutoTokenizer
+
+    left = run.get("settings", {}).get("tokenizer_dir", "Qwen_finetuning_tokenizer")
+    for folder in (left, name) if os.path.isdir(name) else ():  # the model's own goes before the other
+        if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+            source = {"pretrained_model_name_or_path": folder, "trust_remote_code": source["trust_remote_code"]}
+    place = name if "gguf_file" in source else source["pretrained_model_name_or_path"]
+    trained = run.get("chat_template", {})
+    with explaining("tokenizer", place):
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        if not tokenizer.chat_template:
+            raise UserError(f"{name}: its tokenizer has no chat template; take the model's chat (Instruct) form")
+        if trained and trained | fingerprint(tokenizer) != trained:
+            raise UserError(
+                f"{name}: the tokenizer in {place} does not write conversations as the training did (its fingerprint "
+                "differs from finetune_config.json); put the training's own tokenizer beside the model"
+            )
+    return tokenizer
 
 
 # Same in: chat.py, evaluate.py, inference.py
@@ -347,55 +386,33 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
     """A model to talk to, its tokenizer, and the record of the run that made it ({} where there is none).
 
     `name` is an adapter or model folder, a checkpoint, a hub id or a .gguf file. An adapter comes back on its base
-    model, in 4 bits where it was trained so. Raises UserError, before any weights are read, where the tokenizer does
-    not write conversations as the training did.
+    model, in 4 bits where it was trained so. Raises UserError, before any weights are read where it can.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
 
-    folder, run = Path(name), read_run(Path(name))
-    adapter = (folder / "adapter_config.json").is_file()
-    base, revision = name, None
-    if adapter:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base, revision = run.get("base_model") or settings["base_model_name_or_path"], run.get("base_revision")
-    if load_in_4bit is None:
-        load_in_4bit = adapter and bool(run.get("settings", {}).get("load_in_4bit"))
-    source = {"pretrained_model_name_or_path": base, "revision": revision or "main"}
+    folder, run, quantization = Path(name), read_run(Path(name)), None
+    adapter, settings = (folder / "adapter_config.json").is_file(), run.get("settings", {})
+    base = base_of(folder, run) if adapter else name
+    source = {"pretrained_model_name_or_path": base, "revision": run.get("base_revision") or "main"}
     if folder.suffix == ".gguf":
-        source = {"pretrained_model_name_or_path": str(folder.parent), "gguf_file": folder.name}
+        source |= {"pretrained_model_name_or_path": str(folder.parent), "gguf_file": folder.name}
+        quantization = GgufConfig(dequantize=True)
     source["trust_remote_code"] = trust_remote_code
+    tokenizer = load_tokenizer(name, source, run)
 
-    places = [folder, Path(run.get("settings", {}).get("tokenizer_dir", "Qwen_finetuning_tokenizer"))]
-    beside = [place for place in places if (place / "tokenizer_config.json").is_file()] if folder.is_dir() else []
-    trained = run.get("chat_template", {})
-    with explaining("tokenizer", str(beside[0]) if beside else base):
-        if beside:
-            tokenizer = AutoTokenizer.from_pretrained(beside[0], trust_remote_code=trust_remote_code)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(**source)
-        if not tokenizer.chat_template:
-            raise UserError(f"{name}: its tokenizer has no chat template; take the model's chat (Instruct) form")
-        same = not trained or fingerprint(tokenizer) == {key: trained.get(key) for key in ("sha256", "probe_ids")}
-    if not same:
-        raise UserError(
-            f"{name}: the tokenizer in {beside[0] if beside else base} does not write conversations as the training "
-            "did (its fingerprint differs from finetune_config.json); put the training's own tokenizer beside the model"
-        )
-
-    device = find_device(load_in_4bit, run.get("settings", {}).get("dtype", "auto"))
-    dtype, quantization = getattr(torch, device.dtype), None
+    if load_in_4bit is None:
+        load_in_4bit = adapter and bool(settings.get("load_in_4bit"))
+    device = find_device(load_in_4bit, settings.get("dtype", "auto"))
     if device.four_bit:
+        dtype = device.dtype
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    elif "gguf_file" in source:
-        quantization = GgufConfig(dequantize=True)
     with explaining("base model" if adapter else "model", base):
         model, report = AutoModelForCausalLM.from_pretrained(
             **source,
             output_loading_info=True,
-            dtype=dtype,
+            dtype=device.dtype,
             quantization_config=quantization,
             attn_implementation=device.attention,
             device_map=device.device_map,
@@ -403,17 +420,14 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
         )
         if missing := sorted(report["missing_keys"]):  # the library fills them with random numbers and goes on
             raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
+    model.generation_config.eos_token_id = stop_tokens(model, tokenizer, run)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
     if adapter:
         from peft import PeftModel
 
         with explaining("adapter", name):
             model = PeftModel.from_pretrained(model, name)
-    model.eval()
-    stop = model.generation_config.eos_token_id
-    stop = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id, *trained.get("end_of_turn_ids", [])}
-    model.generation_config.eos_token_id = sorted(stop - {None})
-    model.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
-    return model, tokenizer, run
+    return model.eval(), tokenizer, run
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
@@ -446,29 +460,23 @@ def quiet_libraries() -> None:
 # Same in: chat.py, evaluate.py, inference.py
 def generation_options(config: Config, prompt_length: int) -> dict:
     """The decoding settings for `generate`. The penalties count what the model writes, not the words of the prompt."""
-    from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+    from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-    class OnNewTokens(LogitsProcessor):
-        def __init__(self, processor: LogitsProcessor):
-            self.processor = processor
-
-        def __call__(self, input_ids, scores):
-            return self.processor(input_ids[:, prompt_length:], scores)
-
-    processors = []
+    sample, processors = config.temperature > 0, []
     if config.repetition_penalty != 1:
-        processors.append(OnNewTokens(RepetitionPenaltyLogitsProcessor(config.repetition_penalty)))
+        processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty, prompt_length))
     if config.no_repeat_ngram_size:
-        processors.append(OnNewTokens(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)))
-    sampling = {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
+        ngrams = NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)
+        processors.append(lambda input_ids, scores: ngrams(input_ids[:, prompt_length:], scores))
     # the model's own generation_config may hold a top_k or penalties; what a person did not ask for is switched off
     return {
         "max_new_tokens": config.max_new_tokens,
-        "do_sample": config.temperature > 0,
-        "top_k": 0 if sampling else None,
+        "do_sample": sample,
+        "temperature": config.temperature if sample else None,
+        "top_p": config.top_p if sample else None,
+        "top_k": 0 if sample else None,
         "repetition_penalty": 1.0,
         "logits_processor": processors,
-        **(sampling or {"temperature": None, "top_p": None}),
     }
 
 

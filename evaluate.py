@@ -21,16 +21,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import html
-import importlib
 import json
 import math
+import operator
 import os
 import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -67,24 +68,30 @@ class Config:
         None, f".jsonl or .json file, folder or hub id; None takes the training's, without a training {DATASET}"
     )
     output_dir: Path = setting(Path("evaluation_results"), "where the results go")
-    eval_ratio: float = setting(0.1, "share of the rows, where training left no list of held-out ones; 1 for all")
+    eval_ratio: float = setting(
+        0.1, "share of the rows, where training left no list of held-out ones; 1 for all", above=0, at_most=1
+    )
     seed: int = setting(42, "which rows that are; with a temperature also the answers")
-    limit: int | None = setting(None, "judge by this many rows at most; None for all")
+    limit: int | None = setting(None, "judge by this many rows at most; None for all", above=0)
     skip_bad_rows: bool = setting(False, "leave out rows that can not be used, instead of stopping")
     max_seq_length: int | None = setting(
-        None, "longest conversation in tokens, for the loss; None takes the training's, without a training 2048"
+        None,
+        "longest conversation in tokens, for the loss; None takes the training's, without a training 2048",
+        above=0,
     )
     system_prompt: str | None = setting(None, "system message; None takes the one of the training, '' none")
     rouge: bool = setting(False, "ROUGE-1, ROUGE-2 and ROUGE-L, with 95 % intervals")
     bleu: bool = setting(False, "BLEU, with a 95 % interval")
     metrics: tuple[str, ...] = setting((), "metrics of the evaluate library: names or paths; runs their Python code")
     compare_base: bool = setting(False, "the same with the adapter switched off, side by side")
-    batch_size: int = setting(32, "prompts that are answered together")
-    max_new_tokens: int = setting(512, "longest answer in tokens")
-    temperature: float = setting(0.0, "0 always takes the likeliest token; higher is freer")
-    top_p: float = setting(0.9, "with a temperature: sample from the likeliest tokens that make up this share")
-    repetition_penalty: float = setting(1.0, "above 1: tokens that were used become less likely")
-    no_repeat_ngram_size: int = setting(0, "no run of this many tokens comes twice; 0 for no limit")
+    batch_size: int = setting(32, "prompts that are answered together", above=0)
+    max_new_tokens: int = setting(512, "longest answer in tokens", above=0)
+    temperature: float = setting(0.0, "0 always takes the likeliest token; higher is freer", at_least=0)
+    top_p: float = setting(
+        0.9, "with a temperature: sample from the likeliest tokens that make up this share", above=0, at_most=1
+    )
+    repetition_penalty: float = setting(1.0, "above 1: tokens that were used become less likely", above=0)
+    no_repeat_ngram_size: int = setting(0, "no run of this many tokens comes twice; 0 for no limit", at_least=0)
     load_in_4bit: bool | None = setting(None, "4-bit base weights; None does as the training did")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
     resume: bool = setting(False, "go on with an evaluation that was interrupted, after its last whole prediction")
@@ -126,32 +133,22 @@ def parse_args(argv: list[str] | None = None) -> Config:
     """Settings from the command line. Exits with 2 for what can not be."""
     parser = settings_parser(Config, __doc__)
     config = Config(**vars(parser.parse_args(argv)))
-    faults = decoding_faults(config)
-    if not 0 < config.eval_ratio <= 1:
-        faults.append(f"--eval_ratio is {config.eval_ratio}; it is a share, above 0 and up to 1")
-    for name in ("limit", "max_seq_length", "batch_size"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            faults.append(f"--{name} is {getattr(config, name)}; it must be at least 1")
-    if faults:
+    if faults := range_faults(config):
         parser.error("\n".join(faults))
     return config
 
 
 # Same in: chat.py, evaluate.py, inference.py
-def decoding_faults(config: Config) -> list[str]:
-    """What can not be right in the decoding settings, one line each."""
-    limits = {
-        "max_new_tokens": (1, math.inf),
-        "temperature": (0, math.inf),
-        "top_p": (1e-9, 1),
-        "repetition_penalty": (1e-9, math.inf),
-        "no_repeat_ngram_size": (0, math.inf),
-    }
-    return [
-        f"--{name} is {getattr(config, name)}; it must be from {low:g} to {high:g}"
-        for name, (low, high) in limits.items()
-        if not low <= getattr(config, name) <= high
-    ]
+def range_faults(config: Config) -> list[str]:
+    """The settings beyond the bounds that their fields name (`above`, `at_least`, `at_most`), one line each."""
+    holds = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
+    faults = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        for bound in [name for name in holds if name in f.metadata and value is not None]:
+            if not holds[bound](value, f.metadata[bound]):
+                faults.append(f"--{f.name} is {value}; it must be {bound.replace('_', ' ')} {f.metadata[bound]}")
+    return faults
 
 
 # --------------------------------------------------------------------------------- reading and writing
@@ -516,17 +513,16 @@ def stop_for(faults: list[str], go_on: bool) -> None:
 # ------------------------------------------------------------------------------------------- the rows
 
 
-def rows_to_judge(config: Config, run: dict) -> tuple[list[dict], dict]:
-    """The rows to judge by, and what metrics.json says of the dataset.
+def source_of(config: Config, run: dict) -> str:
+    """The dataset to judge by: the one asked for, else that of the training."""
+    return config.dataset_path or run.get("dataset", {}).get("path") or DATASET
 
-    On the dataset of the training these are the rows whose digests the training stored. On any other, or without a
-    training, rows are checked, duplicates dropped and the rest split with the function and seed that training uses.
+
+def usable_rows(source: str, config: Config, run: dict, go_on: bool) -> dict[str, dict]:
+    """The usable rows of a dataset by their digests, so that duplicates drop out. Raises UserError naming bad ones.
+
     A row has `digest`, `messages`, and for the eye `where`, `instruction`, `input` and `reference`.
     """
-    trained = run.get("dataset", {})
-    source = config.dataset_path or trained.get("path") or DATASET
-    sha256 = hashlib.sha256(Path(source).read_bytes()).hexdigest() if Path(source).is_file() else ""
-    same = bool(trained) and (source == trained["path"] or bool(sha256) and sha256 == trained["sha256"])
     # a row's digest holds the system prompt of the training, whichever one it is judged with
     trained_system = run.get("system_prompt", "")
     system = trained_system if config.system_prompt is None else config.system_prompt
@@ -540,21 +536,38 @@ def rows_to_judge(config: Config, run: dict) -> tuple[list[dict], dict]:
             fault = str(error)
         if fault:
             faults.append(f"{where}: {fault}")
-    stop_for(faults, config.skip_bad_rows or same and run["settings"].get("skip_bad_rows", False))
+    stop_for(faults, go_on)
+    return rows
+
+
+def rows_to_judge(config: Config, run: dict) -> tuple[list[dict], dict]:
+    """The rows to judge by, as `usable_rows` gives them, and what metrics.json says of the dataset.
+
+    On the dataset of the training these are the rows whose digests the training stored. On any other, or without a
+    training, rows are split with the function and seed that training uses.
+    """
+    trained = {"path": "", "sha256": ""} | run.get("dataset", {})
+    source = source_of(config, run)
+    sha256 = hashlib.sha256(Path(source).read_bytes()).hexdigest() if os.path.isfile(source) else ""
+    unchanged = sha256 == trained["sha256"]
+    same = source == trained["path"] or unchanged and sha256 != ""
+    go_on = config.skip_bad_rows or same and run.get("settings", {}).get("skip_bad_rows", False)
+    rows = usable_rows(source, config, run, go_on)
     about = {"path": source, "sha256": sha256, "rows": len(rows)}
     if same:
-        chosen = [rows[digest] for digest in run["held_out"] if digest in rows]
-        if sha256 != trained["sha256"]:
+        held_out = run.get("held_out")
+        if not held_out:
+            raise UserError(f"{config.model}: its training held no rows out; pass --dataset_path with rows to judge by")
+        chosen = [rows[digest] for digest in map(str, held_out) if digest in rows]
+        if not unchanged:
             say(
                 f"warning: {source} has changed since the training (its SHA-256 differs); {len(chosen)} of the "
-                f"{len(run['held_out'])} held-out rows are still in it"
+                f"{len(held_out)} held-out rows are still in it"
             )
-        about |= {"chosen_by": "digests of the training", "changed": sha256 != trained["sha256"]}
-        if not run["held_out"]:
-            raise UserError(f"{config.model}: its training held no rows out; pass --dataset_path with rows to judge by")
+        about |= {"chosen_by": "digests of the training", "changed": not unchanged}
     else:
         chosen = split_as_training(list(rows.values()), config)
-        about |= {"chosen_by": f"split, eval_ratio {config.eval_ratio}, seed {config.seed}"}
+        about["chosen_by"] = f"split, eval_ratio {config.eval_ratio}, seed {config.seed}"
     if not chosen:
         raise UserError(f"{source}: no row to judge by among {len(rows)} usable ones; raise --eval_ratio to take more")
     return chosen[: config.limit], about
@@ -562,15 +575,15 @@ def rows_to_judge(config: Config, run: dict) -> tuple[list[dict], dict]:
 
 def split_as_training(rows: list[dict], config: Config) -> list[dict]:
     """The held-out share of `rows`, in the order in which training's split gives it; all of them for a ratio of 1."""
-    if config.eval_ratio == 1 or not rows:
+    if config.eval_ratio == 1:
         return rows
-    if len(rows) == 1:
+    if len(rows) < 2:  # too few to hold one out
         return []
     from datasets import Dataset
 
     places = Dataset.from_dict({"place": range(len(rows))})
-    places = places.train_test_split(test_size=config.eval_ratio, seed=config.seed)["test"]
-    return [rows[place] for place in places["place"]]
+    held_out = places.train_test_split(test_size=config.eval_ratio, seed=config.seed)["test"]
+    return [rows[place] for place in held_out["place"]]
 
 
 def shown_row(record: dict, system_prompt: str) -> dict:
@@ -580,18 +593,17 @@ def shown_row(record: dict, system_prompt: str) -> dict:
     '低秩微调'
     """
     messages = messages_of(record, system_prompt)
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    before = [message for message in messages[:last] if message["role"] != "system"]
+    while messages[-1]["role"] != "assistant":
+        messages.pop()
     if "messages" in record or "conversations" in record:
-        shown = before[0]["content"]
-        if len(before) > 1:
-            shown = "\n".join(f"{message['role']}: {message['content']}" for message in before)
-        record = {"instruction": shown}
+        before = [message for message in messages[:-1] if message["role"] != "system"]
+        lines = [f"{message['role']}: {message['content']}" for message in before]
+        record = {"instruction": "\n".join(lines) if len(before) > 1 else before[0]["content"]}
     return {
         "instruction": record.get("instruction") or "",
         "input": record.get("input") or "",
-        "reference": messages[last]["content"],
-        "messages": messages[: last + 1],
+        "reference": messages[-1]["content"],
+        "messages": messages,
     }
 
 
@@ -676,57 +688,97 @@ def find_device(four_bit: bool, dtype: str = "auto") -> Device:
 def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> list[str]:
     """What keeps `name` from being a model to load, one line each, seen from its files alone."""
     path = Path(name)
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return []
-        return [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
-    if not path.is_dir():
-        looks_local = name.count("/") != 1 or name.startswith((".", "/", "models/", "outputs/"))
-        return [f"{name}: no such folder. {mend}"] if looks_local else []
+    if os.path.isfile(name):  # unlike Path.is_file it answers for every text, however long
+        wrong = [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
+        return [] if path.suffix == ".gguf" else wrong
+    if not os.path.isdir(name):
+        hub_id = name.count("/") == 1 and not name.startswith((".", "/", "models/", "outputs/")) and len(name) <= 96
+        return [] if hub_id else [f"{name}: no such folder. {mend}"]
     if not any(path.glob("*.safetensors")):
         return [f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"]
-    settings = path / "adapter_config.json"
-    if not settings.is_file():
-        return (
-            [] if (path / "config.json").is_file() else [f"{name}: neither adapter_config.json nor config.json in it"]
-        )
+    if not (path / "adapter_config.json").is_file():
+        wrong = [f"{name}: neither adapter_config.json nor config.json in it"]
+        return [] if (path / "config.json").is_file() else wrong
     try:
-        adapter = json.loads(settings.read_text(encoding="utf-8"))
-        if not isinstance(adapter, dict):
-            raise TypeError("expected an object")
-        base = str(read_run(path).get("base_model") or adapter["base_model_name_or_path"])
+        base = base_of(path, read_run(path))
     except UserError as error:
         return [str(error)]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        return [f"{settings}: not the settings of an adapter ({error}); take it from the training's output again"]
     faults = model_faults(base, "Put it there, or start from the folder where the training was started")
     return [f"{name} is an adapter whose base model is missing: {fault}" for fault in faults]
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py
 def read_run(folder: Path) -> dict:
-    """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none."""
+    """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none.
+
+    Raises UserError where a part that the scripts use is missing or of another kind than the training writes.
+    """
     path = folder / "finetune_config.json"
     if not path.is_file():
         return {}
-    try:
+    with suppress(OSError, ValueError, RecursionError):
         run = json.loads(path.read_text(encoding="utf-8"))
-        parts = [run, *(run.get(key, {}) for key in ("settings", "chat_template", "dataset"))]
-        if not all(isinstance(part, dict) for part in parts):
-            raise ValueError("expected objects")
-        paths = dict.fromkeys(("base_model", "held_out_file", "tokenizer_dir", "path"), str)
-        kinds = paths | {"system_prompt": str, "max_seq_length": int, "held_out": list, "end_of_turn_ids": list}
-        for key, value in (pair for part in parts for pair in part.items()):
-            odd = key == "dtype" and value not in ("auto", "bfloat16", "float16", "float32")
-            odd = odd or (key == "end_of_turn_ids" and not {type(item) for item in value or [0]} <= {int})
-            odd = odd or not isinstance(value, kinds.get(key, object))
-            if odd or (key in paths and max(map(len, os.fsencode(value).split(b"/"))) > 255):  # no file has such a name
-                raise ValueError(f"{key} is {str(value)[:80]!r}")
-        return run
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
+        match run:
+            case {
+                "base_model": str(),
+                "system_prompt": str(),
+                "max_seq_length": int(),
+                "held_out": list(),
+                "held_out_file": str(),
+                "dataset": {"path": str(), "sha256": str()},
+                "chat_template": {"sha256": str(), "probe_ids": list(), "end_of_turn_ids": [*ids]},
+                "settings": {"dtype": "auto" | "bfloat16" | "float16" | "float32", "tokenizer_dir": str()},
+            } if all(isinstance(id, int) for id in ids):
+                return run
+    raise UserError(f"{path}: not the record of a run, or cut; take it from the training's output again")
+
+
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py
+def base_of(folder: Path, run: dict) -> str:
+    """Name of an adapter's base model, as its run or PEFT's own settings have it. Raises UserError if they are cut."""
+    path = folder / "adapter_config.json"
+    try:
+        named = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not the record of a run ({error}); take it from the training's output again"
+            f"{path}: not the settings of an adapter ({error}); take it from the training's output again"
         ) from None
+    return run.get("base_model") or str(named)
+
+
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: dict) -> list[int]:
+    """Ids of the tokens that end an answer: the model's own, the tokenizer's, and those that the training used."""
+    own = model.generation_config.eos_token_id
+    trained = run.get("chat_template", {}).get("end_of_turn_ids", [])
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *trained} - {None})
+
+
+# Same in: chat.py, evaluate.py, inference.py
+def load_tokenizer(name: str, source: dict, run: dict) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder, else where its training left it, else that of `source`.
+
+    `source` is what `from_pretrained` takes for the base model. Raises UserError where the tokenizer does not write
+    conversations as the training did.
+    """
+    from transformers import AutoTokenizer
+
+    left = run.get("settings", {}).get("tokenizer_dir", "Qwen_finetuning_tokenizer")
+    for folder in (left, name) if os.path.isdir(name) else ():  # the model's own goes before the other
+        if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+            source = {"pretrained_model_name_or_path": folder, "trust_remote_code": source["trust_remote_code"]}
+    place = name if "gguf_file" in source else source["pretrained_model_name_or_path"]
+    trained = run.get("chat_template", {})
+    with explaining("tokenizer", place):
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        if not tokenizer.chat_template:
+            raise UserError(f"{name}: its tokenizer has no chat template; take the model's chat (Instruct) form")
+        if trained and trained | fingerprint(tokenizer) != trained:
+            raise UserError(
+                f"{name}: the tokenizer in {place} does not write conversations as the training did (its fingerprint "
+                "differs from finetune_config.json); put the training's own tokenizer beside the model"
+            )
+    return tokenizer
 
 
 # Same in: chat.py, evaluate.py, inference.py
@@ -734,55 +786,33 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
     """A model to talk to, its tokenizer, and the record of the run that made it ({} where there is none).
 
     `name` is an adapter or model folder, a checkpoint, a hub id or a .gguf file. An adapter comes back on its base
-    model, in 4 bits where it was trained so. Raises UserError, before any weights are read, where the tokenizer does
-    not write conversations as the training did.
+    model, in 4 bits where it was trained so. Raises UserError, before any weights are read where it can.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
 
-    folder, run = Path(name), read_run(Path(name))
-    adapter = (folder / "adapter_config.json").is_file()
-    base, revision = name, None
-    if adapter:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base, revision = run.get("base_model") or settings["base_model_name_or_path"], run.get("base_revision")
-    if load_in_4bit is None:
-        load_in_4bit = adapter and bool(run.get("settings", {}).get("load_in_4bit"))
-    source = {"pretrained_model_name_or_path": base, "revision": revision or "main"}
+    folder, run, quantization = Path(name), read_run(Path(name)), None
+    adapter, settings = (folder / "adapter_config.json").is_file(), run.get("settings", {})
+    base = base_of(folder, run) if adapter else name
+    source = {"pretrained_model_name_or_path": base, "revision": run.get("base_revision") or "main"}
     if folder.suffix == ".gguf":
-        source = {"pretrained_model_name_or_path": str(folder.parent), "gguf_file": folder.name}
+        source |= {"pretrained_model_name_or_path": str(folder.parent), "gguf_file": folder.name}
+        quantization = GgufConfig(dequantize=True)
     source["trust_remote_code"] = trust_remote_code
+    tokenizer = load_tokenizer(name, source, run)
 
-    places = [folder, Path(run.get("settings", {}).get("tokenizer_dir", "Qwen_finetuning_tokenizer"))]
-    beside = [place for place in places if (place / "tokenizer_config.json").is_file()] if folder.is_dir() else []
-    trained = run.get("chat_template", {})
-    with explaining("tokenizer", str(beside[0]) if beside else base):
-        if beside:
-            tokenizer = AutoTokenizer.from_pretrained(beside[0], trust_remote_code=trust_remote_code)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(**source)
-        if not tokenizer.chat_template:
-            raise UserError(f"{name}: its tokenizer has no chat template; take the model's chat (Instruct) form")
-        same = not trained or fingerprint(tokenizer) == {key: trained.get(key) for key in ("sha256", "probe_ids")}
-    if not same:
-        raise UserError(
-            f"{name}: the tokenizer in {beside[0] if beside else base} does not write conversations as the training "
-            "did (its fingerprint differs from finetune_config.json); put the training's own tokenizer beside the model"
-        )
-
-    device = find_device(load_in_4bit, run.get("settings", {}).get("dtype", "auto"))
-    dtype, quantization = getattr(torch, device.dtype), None
+    if load_in_4bit is None:
+        load_in_4bit = adapter and bool(settings.get("load_in_4bit"))
+    device = find_device(load_in_4bit, settings.get("dtype", "auto"))
     if device.four_bit:
+        dtype = device.dtype
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    elif "gguf_file" in source:
-        quantization = GgufConfig(dequantize=True)
     with explaining("base model" if adapter else "model", base):
         model, report = AutoModelForCausalLM.from_pretrained(
             **source,
             output_loading_info=True,
-            dtype=dtype,
+            dtype=device.dtype,
             quantization_config=quantization,
             attn_implementation=device.attention,
             device_map=device.device_map,
@@ -790,17 +820,14 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
         )
         if missing := sorted(report["missing_keys"]):  # the library fills them with random numbers and goes on
             raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
+    model.generation_config.eos_token_id = stop_tokens(model, tokenizer, run)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
     if adapter:
         from peft import PeftModel
 
         with explaining("adapter", name):
             model = PeftModel.from_pretrained(model, name)
-    model.eval()
-    stop = model.generation_config.eos_token_id
-    stop = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id, *trained.get("end_of_turn_ids", [])}
-    model.generation_config.eos_token_id = sorted(stop - {None})
-    model.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
-    return model, tokenizer, run
+    return model.eval(), tokenizer, run
 
 
 def dequantise_for_many(model: PreTrainedModel, answers: int) -> bool:
@@ -868,9 +895,9 @@ def teacher_forced(model: PreTrainedModel, rows: list[dict]) -> dict:
     from tqdm import tqdm
 
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-    parts = [rows[start : start + 64] for start in range(0, len(rows), 64)]  # parts, to show how far it is
     total, count = 0.0, 0
-    for part in tqdm(parts, desc="loss"):
+    for start in tqdm(range(0, len(rows), 64), desc="loss"):  # in parts, to show how far it is
+        part = rows[start : start + 64]
         tokens = sum(label != -100 for row in part for label in row["labels"][1:])
         if tokens:
             total += held_out_loss(model, part) * tokens
@@ -885,29 +912,23 @@ def teacher_forced(model: PreTrainedModel, rows: list[dict]) -> dict:
 # Same in: chat.py, evaluate.py, inference.py
 def generation_options(config: Config, prompt_length: int) -> dict:
     """The decoding settings for `generate`. The penalties count what the model writes, not the words of the prompt."""
-    from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+    from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-    class OnNewTokens(LogitsProcessor):
-        def __init__(self, processor: LogitsProcessor):
-            self.processor = processor
-
-        def __call__(self, input_ids, scores):
-            return self.processor(input_ids[:, prompt_length:], scores)
-
-    processors = []
+    sample, processors = config.temperature > 0, []
     if config.repetition_penalty != 1:
-        processors.append(OnNewTokens(RepetitionPenaltyLogitsProcessor(config.repetition_penalty)))
+        processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty, prompt_length))
     if config.no_repeat_ngram_size:
-        processors.append(OnNewTokens(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)))
-    sampling = {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
+        ngrams = NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)
+        processors.append(lambda input_ids, scores: ngrams(input_ids[:, prompt_length:], scores))
     # the model's own generation_config may hold a top_k or penalties; what a person did not ask for is switched off
     return {
         "max_new_tokens": config.max_new_tokens,
-        "do_sample": config.temperature > 0,
-        "top_k": 0 if sampling else None,
+        "do_sample": sample,
+        "temperature": config.temperature if sample else None,
+        "top_p": config.top_p if sample else None,
+        "top_k": 0 if sample else None,
         "repetition_penalty": 1.0,
         "logits_processor": processors,
-        **(sampling or {"temperature": None, "top_p": None}),
     }
 
 
@@ -933,6 +954,11 @@ def generate_batch(model: PreTrainedModel, prompts: list[list[int]], config: Con
     return answers
 
 
+def json_lines(rows: Iterable[dict]) -> str:
+    """Rows as text of a JSONL file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def answer_all(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], config: Config, earlier: dict, file
 ) -> list[dict]:
@@ -940,17 +966,16 @@ def answer_all(
     import torch
     from tqdm import tqdm
 
+    sides = {"": nullcontext} | ({"base_": model.disable_adapter} if config.compare_base else {})
     predictions, tokens, started = dict(earlier), 0, time.monotonic()
     # similar lengths together, so that little is padded; the longest first, so that a lack of memory shows at once
     todo = sorted((i for i in range(len(rows)) if i not in earlier), key=lambda i: -len(rows[i]["prompt_ids"]))
-    ways = {"": nullcontext} | ({"base_": model.disable_adapter} if config.compare_base else {})
-    bar = tqdm(total=len(todo), desc="answers", unit=" prompts")
-    for start in range(0, len(todo), config.batch_size):
+    for start in tqdm(range(0, len(todo), config.batch_size), desc="answers", unit="batch"):
         batch = todo[start : start + config.batch_size]
         made = [{"index": i} | {key: rows[i][key] for key in ("instruction", "input", "reference")} for i in batch]
-        for prefix, way in ways.items():
+        for prefix, side in sides.items():
             try:
-                with way():
+                with side():
                     answers = generate_batch(model, [rows[i]["prompt_ids"] for i in batch], config)
             except torch.cuda.OutOfMemoryError:
                 raise UserError(
@@ -960,13 +985,11 @@ def answer_all(
                 row[prefix + "prediction"] = tokenizer.decode(ids, skip_special_tokens=True)
                 row[prefix + "stopped"] = stopped
                 tokens += len(ids)
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
+        file.write(json_lines(made))
         file.flush()
         predictions |= {row["index"]: row for row in made}
-        bar.update(len(batch))
-    bar.close()
-    seconds = time.monotonic() - started
     if todo:
+        seconds = time.monotonic() - started
         say(f"{len(todo)} prompts answered in {seconds:.0f} s, {tokens / seconds:.1f} tokens/s")
     return [predictions[i] for i in range(len(rows))]
 
@@ -976,27 +999,24 @@ def earlier_predictions(path: Path, identity: dict) -> dict[int, dict]:
     if not path.is_file():
         say(f"--resume: no unfinished evaluation in {path.parent}; starting from the beginning")
         return {}
-    first, *lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] or [identity]
-    if differing := [
-        f"{key} was {first.get(key)}, is {identity[key]}" for key in identity if first.get(key) != identity[key]
-    ]:
+    first, *rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]  # the last may be cut
+    differing = [
+        f"{key} was {first.get(key)}, is {value}" for key, value in identity.items() if first.get(key) != value
+    ]
+    if differing:
         raise UserError(f"--resume: {path} is of another evaluation; delete it to start anew: " + "; ".join(differing))
-    say(f"resuming after {len(lines)} predictions")
-    return {row["index"]: row for row in lines}
+    say(f"resuming after {len(rows)} predictions")
+    return {row["index"]: row for row in rows}
 
 
 def identity_of(config: Config, rows: list[dict]) -> dict:
     """What must not change between an interrupted evaluation and its resumption."""
-    names = (
-        "model max_new_tokens temperature top_p repetition_penalty no_repeat_ngram_size seed load_in_4bit compare_base"
-    )
-    files = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(config.model).glob("*.safetensors")
-    ]
-    digests = json.dumps([[row["digest"], row["prompt_ids"]] for row in rows])
-    return {name: getattr(config, name) for name in names.split()} | {
-        "rows": hashlib.sha256(digests.encode()).hexdigest(),
-        "weights": hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest(),
+    decoding = ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "no_repeat_ngram_size", "seed")
+    texts = json.dumps([[row["digest"], row["prompt_ids"]] for row in rows])
+    weights = sorted(Path(config.model).glob("*.safetensors"))
+    return {name: getattr(config, name) for name in ("model", *decoding, "load_in_4bit", "compare_base")} | {
+        "rows": hashlib.sha256(texts.encode()).hexdigest(),
+        "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
     }
 
 
@@ -1074,12 +1094,10 @@ def load_metrics(names: tuple[str, ...]) -> dict:
     """
     if not names:
         return {}
-    here, path = Path(__file__).resolve(), sys.path[:]
-    if Path(getattr(sys.modules.get("evaluate"), "__file__", None) or "").resolve() == here:
-        del sys.modules["evaluate"]
-    sys.path[:] = [place for place in path if Path(place).resolve() != here.parent]
+    here, path = Path(__file__).resolve().parent, sys.path[:]
+    sys.path[:] = [place for place in path if Path(place).resolve() != here]
     try:
-        library = importlib.import_module("evaluate")
+        import evaluate
     except ImportError:
         raise UserError("--metrics needs the evaluate library: pip install evaluate") from None
     finally:
@@ -1087,7 +1105,7 @@ def load_metrics(names: tuple[str, ...]) -> dict:
     loaded = {}
     for name in names:
         with explaining("metric", name):
-            loaded[Path(name).stem] = library.load(name)
+            loaded[Path(name).stem] = evaluate.load(name)
             loaded[Path(name).stem].compute(predictions=["a"], references=["a"])
     return loaded
 
@@ -1129,15 +1147,8 @@ def plain(value: object) -> object:
     >>> plain({"a": float("nan"), "b": (1, 2.5)})
     {'a': None, 'b': [1, 2.5]}
     """
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    text = json.dumps(value, default=lambda other: other.tolist() if hasattr(other, "tolist") else str(other))
+    return json.loads(text, parse_constant=lambda name: None)  # NaN, Infinity, -Infinity
 
 
 # ------------------------------------------------------------------------------------------ the report
@@ -1157,22 +1168,19 @@ def table(sides: dict[str, dict]) -> list[list[str]]:
 
 def histogram(lengths: list[int], limit: int) -> str:
     """An SVG picture of how many samples have how many tokens; a line shows the limit where it cuts some."""
-    width = max(math.ceil((max(lengths) + 1) / 30), 1)
-    counts = [0] * (max(lengths) // width + 1)
-    for length in lengths:
-        counts[length // width] += 1
-    step, tallest = 600 / len(counts), max(counts)
+    width = max(lengths) // 30 + 1  # tokens a bar, for 30 bars of 20 pixels
+    counts = Counter(length // width for length in lengths)
+    tallest = max(counts.values())
     bars = "".join(
-        f'<rect x="{i * step:.1f}" y="{110 - 100 * count / tallest:.1f}" width="{step * 0.9:.1f}" '
-        f'height="{100 * count / tallest:.1f}"><title>{i * width} to {(i + 1) * width - 1}: {count}</title></rect>'
-        for i, count in enumerate(counts)
+        f'<rect x="{20 * place}" y="{110 - 100 * count / tallest:.1f}" width="18" height="{100 * count / tallest:.1f}">'
+        f"<title>{place * width} to {(place + 1) * width - 1}: {count}</title></rect>"
+        for place, count in sorted(counts.items())
     )
-    at = limit / width * step
+    at = 20 * limit / width
     cut = f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="110" stroke="red"/>' if limit < max(lengths) else ""
     return (
-        f'<svg viewBox="0 0 600 130" width="600" role="img" fill="steelblue">{bars}{cut}'
-        f'<text y="126" font-size="12" fill="black">0</text><text x="600" y="126" font-size="12" fill="black" '
-        f'text-anchor="end">{len(counts) * width} tokens</text></svg>'
+        f'<svg viewBox="0 0 600 130" width="600" role="img" fill="steelblue">{bars}{cut}<text y="126" font-size="12">0'
+        f'</text><text x="600" y="126" font-size="12" text-anchor="end">{30 * width} tokens</text></svg>'
     )
 
 
@@ -1213,12 +1221,11 @@ td {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 
 def path_faults(config: Config, run: dict) -> list[str]:
     """What is wrong with the files that the settings name, one line each."""
-    faults = model_faults(config.model)
-    source = config.dataset_path or run.get("dataset", {}).get("path") or DATASET
-    path, unfinished = Path(source), config.output_dir / UNFINISHED
-    if not path.exists() and (path.suffix in (".json", ".jsonl") or source.count("/") != 1):
+    faults, source, unfinished = model_faults(config.model), source_of(config, run), config.output_dir / UNFINISHED
+    is_file_name = source.endswith((".json", ".jsonl"))
+    if not os.path.exists(source) and (is_file_name or source.count("/") != 1):
         faults.append(f"{source}: no such dataset. Pass --dataset_path with records to judge by")
-    elif path.is_file() and path.suffix not in (".json", ".jsonl"):
+    elif os.path.isfile(source) and not is_file_name:
         faults.append(f"{source}: a dataset file ends in .jsonl or .json")
     if config.compare_base and not (Path(config.model) / "adapter_config.json").is_file():
         faults.append(f"--compare_base switches an adapter off; {config.model} is none")
@@ -1227,18 +1234,41 @@ def path_faults(config: Config, run: dict) -> list[str]:
     return faults
 
 
+def write_results(config: Config, dataset: dict, limit: int, sides: dict, lengths: list[int], predictions: list[dict]):
+    """Write metrics.json, predictions.jsonl and report.html, and print the scores; `lengths` are sorted, in tokens."""
+    p95 = lengths[math.ceil(0.95 * len(lengths)) - 1]
+    metrics = {
+        "model": config.model,
+        "dataset": dataset | {"evaluated": len(predictions)},
+        "max_seq_length": limit,
+        "length": {"min": lengths[0], "median": statistics.median(lengths), "p95": p95, "max": lengths[-1]},
+        "truncation_rate": statistics.fmean(length > limit for length in lengths),
+        **sides["model"],
+    }
+    if config.compare_base:
+        metrics["base"] = sides["base"]
+    with replacing(config.output_dir / "predictions.jsonl") as file:
+        file.write(json_lines(predictions))
+    with replacing(config.output_dir / "report.html") as file:
+        file.write(report(f"Evaluation of {config.model}", sides, lengths, limit, predictions))
+    write_json(config.output_dir / "metrics.json", metrics)
+    for cells in table(sides):
+        print("".join(f"{cell:<26}" for cell in cells).rstrip())
+    say(f"written: metrics.json, predictions.jsonl and report.html in {config.output_dir}")
+
+
 def main(config: Config) -> None:
     run = read_run(Path(config.model))
     if faults := path_faults(config, run):
         raise UserError("\n".join(faults))
     quiet_libraries()
-    rows, about = rows_to_judge(config, run)
+    rows, dataset = rows_to_judge(config, run)
     library = load_metrics(config.metrics)
     model, tokenizer, _ = load_chat_model(config.model, config.load_in_4bit, config.trust_remote_code)
     limit = config.max_seq_length or run.get("max_seq_length") or 2048
     rows = encode_rows(rows, tokenizer, limit, config.skip_bad_rows)
     plain_base = dequantise_for_many(model, len(rows) * (1 + config.compare_base))
-    say(f"{len(rows)} rows of {about['path']}, {model.device.type}" + ", 4-bit base made plain once" * plain_base)
+    say(f"{len(rows)} rows of {dataset['path']}, {model.device.type}" + ", 4-bit base made plain once" * plain_base)
 
     sides = {"model": teacher_forced(model, rows)}
     if config.compare_base:
@@ -1247,8 +1277,8 @@ def main(config: Config) -> None:
 
     unfinished, identity = config.output_dir / UNFINISHED, identity_of(config, rows)
     earlier = earlier_predictions(unfinished, identity) if config.resume else {}
-    with replacing(unfinished) as file:
-        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (identity, *earlier.values())))
+    with replacing(unfinished) as file:  # anew, since the last line of an interrupted one may be cut
+        file.write(json_lines([identity, *earlier.values()]))
     with open(unfinished, "a", encoding="utf-8", newline="\n") as file:
         predictions = answer_all(model, tokenizer, rows, config, earlier, file)
 
@@ -1256,28 +1286,11 @@ def main(config: Config) -> None:
     for side, prefix in zip(sides, ("", "base_"), strict=False):
         answers, stops = ([row[prefix + key] for row in predictions] for key in ("prediction", "stopped"))
         scores, order = judge_answers(answers, stops, references, tokenizer, config, library)
-        sides[side] |= plain(scores)
+        sides[side] |= scores
         for row, score in zip(predictions, order, strict=True):
             row[prefix + "score"] = score
-    lengths = sorted(row["tokens"] for row in rows)
-    metrics = {"model": config.model, "dataset": about | {"evaluated": len(rows)}, "max_seq_length": limit}
-    metrics["length"] = {
-        "min": lengths[0],
-        "median": statistics.median(lengths),
-        "p95": lengths[math.ceil(0.95 * len(lengths)) - 1],
-        "max": lengths[-1],
-    }
-    metrics["truncation_rate"] = statistics.fmean(length > limit for length in lengths)
-    metrics |= sides["model"] | ({"base": sides["base"]} if config.compare_base else {})
-    with replacing(config.output_dir / "predictions.jsonl") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
-    with replacing(config.output_dir / "report.html") as file:
-        file.write(report(f"Evaluation of {config.model}", sides, lengths, limit, predictions))
-    write_json(config.output_dir / "metrics.json", plain(metrics))
+    write_results(config, dataset, limit, plain(sides), sorted(row["tokens"] for row in rows), predictions)
     unfinished.unlink()
-    for cells in table(sides):
-        print("".join(f"{cell:<26}" for cell in cells).rstrip())
-    say(f"written: metrics.json, predictions.jsonl and report.html in {config.output_dir}")
 
 
 if __name__ == "__main__":

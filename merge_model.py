@@ -24,7 +24,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, get_args, get_type_hints
@@ -185,57 +185,70 @@ def explaining(what: str, name: str) -> Iterator[None]:
 def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> list[str]:
     """What keeps `name` from being a model to load, one line each, seen from its files alone."""
     path = Path(name)
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return []
-        return [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
-    if not path.is_dir():
-        looks_local = name.count("/") != 1 or name.startswith((".", "/", "models/", "outputs/"))
-        return [f"{name}: no such folder. {mend}"] if looks_local else []
+    if os.path.isfile(name):  # unlike Path.is_file it answers for every text, however long
+        wrong = [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
+        return [] if path.suffix == ".gguf" else wrong
+    if not os.path.isdir(name):
+        hub_id = name.count("/") == 1 and not name.startswith((".", "/", "models/", "outputs/")) and len(name) <= 96
+        return [] if hub_id else [f"{name}: no such folder. {mend}"]
     if not any(path.glob("*.safetensors")):
         return [f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"]
-    settings = path / "adapter_config.json"
-    if not settings.is_file():
-        return (
-            [] if (path / "config.json").is_file() else [f"{name}: neither adapter_config.json nor config.json in it"]
-        )
+    if not (path / "adapter_config.json").is_file():
+        wrong = [f"{name}: neither adapter_config.json nor config.json in it"]
+        return [] if (path / "config.json").is_file() else wrong
     try:
-        adapter = json.loads(settings.read_text(encoding="utf-8"))
-        if not isinstance(adapter, dict):
-            raise TypeError("expected an object")
-        base = str(read_run(path).get("base_model") or adapter["base_model_name_or_path"])
+        base = base_of(path, read_run(path))
     except UserError as error:
         return [str(error)]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        return [f"{settings}: not the settings of an adapter ({error}); take it from the training's output again"]
     faults = model_faults(base, "Put it there, or start from the folder where the training was started")
     return [f"{name} is an adapter whose base model is missing: {fault}" for fault in faults]
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py
 def read_run(folder: Path) -> dict:
-    """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none."""
+    """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none.
+
+    Raises UserError where a part that the scripts use is missing or of another kind than the training writes.
+    """
     path = folder / "finetune_config.json"
     if not path.is_file():
         return {}
-    try:
+    with suppress(OSError, ValueError, RecursionError):
         run = json.loads(path.read_text(encoding="utf-8"))
-        parts = [run, *(run.get(key, {}) for key in ("settings", "chat_template", "dataset"))]
-        if not all(isinstance(part, dict) for part in parts):
-            raise ValueError("expected objects")
-        paths = dict.fromkeys(("base_model", "held_out_file", "tokenizer_dir", "path"), str)
-        kinds = paths | {"system_prompt": str, "max_seq_length": int, "held_out": list, "end_of_turn_ids": list}
-        for key, value in (pair for part in parts for pair in part.items()):
-            odd = key == "dtype" and value not in ("auto", "bfloat16", "float16", "float32")
-            odd = odd or (key == "end_of_turn_ids" and not {type(item) for item in value or [0]} <= {int})
-            odd = odd or not isinstance(value, kinds.get(key, object))
-            if odd or (key in paths and max(map(len, os.fsencode(value).split(b"/"))) > 255):  # no file has such a name
-                raise ValueError(f"{key} is {str(value)[:80]!r}")
-        return run
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
+        match run:
+            case {
+                "base_model": str(),
+                "system_prompt": str(),
+                "max_seq_length": int(),
+                "held_out": list(),
+                "held_out_file": str(),
+                "dataset": {"path": str(), "sha256": str()},
+                "chat_template": {"sha256": str(), "probe_ids": list(), "end_of_turn_ids": [*ids]},
+                "settings": {"dtype": "auto" | "bfloat16" | "float16" | "float32", "tokenizer_dir": str()},
+            } if all(isinstance(id, int) for id in ids):
+                return run
+    raise UserError(f"{path}: not the record of a run, or cut; take it from the training's output again")
+
+
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py
+def base_of(folder: Path, run: dict) -> str:
+    """Name of an adapter's base model, as its run or PEFT's own settings have it. Raises UserError if they are cut."""
+    path = folder / "adapter_config.json"
+    try:
+        named = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not the record of a run ({error}); take it from the training's output again"
+            f"{path}: not the settings of an adapter ({error}); take it from the training's output again"
         ) from None
+    return run.get("base_model") or str(named)
+
+
+# Same in: chat.py, evaluate.py, inference.py, merge_model.py
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: dict) -> list[int]:
+    """Ids of the tokens that end an answer: the model's own, the tokenizer's, and those that the training used."""
+    own = model.generation_config.eos_token_id
+    trained = run.get("chat_template", {}).get("end_of_turn_ids", [])
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *trained} - {None})
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
@@ -246,17 +259,13 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
     return {"sha256": hashlib.sha256(template.encode()).hexdigest(), "probe_ids": list(probe_ids)}
 
 
-def read_adapter(folder: Path) -> dict:
-    """PEFT's own settings of an adapter, from `adapter_config.json`."""
-    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-
-
 def merge_faults(config: Config) -> list[str]:
     """What is wrong with the folders that the settings name, one line each."""
-    if not (config.adapter / "adapter_config.json").is_file():
+    settings = config.adapter / "adapter_config.json"
+    if not settings.is_file():
         return [f"{config.adapter}: no adapter there (no adapter_config.json); pass --adapter"]
     faults = model_faults(str(config.adapter))
-    if not faults and read_adapter(config.adapter).get("peft_type") != "LORA":
+    if not faults and json.loads(settings.read_text(encoding="utf-8")).get("peft_type") != "LORA":
         faults.append(f"{config.adapter}: no LoRA adapter; only those are merged here")
     four_bit = not faults and read_run(config.adapter).get("settings", {}).get("load_in_4bit")
     if not faults and not four_bit and config.base_weights == "dequantized":
@@ -289,30 +298,34 @@ def rows_to_measure(adapter: Path, run: dict) -> list[dict]:
 
 
 class Merge:
-    """Loads the base model as often as it takes: quantised, dequantised or as it is, with or without the adapter."""
+    """Loads the base model as often as it takes: quantised, dequantised or as it is, with the adapter beside or in it."""
 
     def __init__(self, config: Config, run: dict):
         self.adapter, self.trust_remote_code = str(config.adapter), config.trust_remote_code
-        self.base = run.get("base_model") or read_adapter(config.adapter)["base_model_name_or_path"]
-        self.revision = run.get("base_revision") or "main"
-        settings = run.get("settings", {})
-        self.four_bit, self.dtype = bool(settings.get("load_in_4bit")), run.get("dtype", "bfloat16")
+        self.base, self.revision = base_of(config.adapter, run), run.get("base_revision") or "main"
+        self.four_bit = bool(run.get("settings", {}).get("load_in_4bit"))
+        self.dtype = run.get("dtype", "bfloat16")  # in which the training computed
 
-    def load(self, four_bit: bool) -> PreTrainedModel:
-        """The base model on the CPU, in 4 bits as training loads it or in its own type."""
-        import torch
+    def with_adapter(self, base_weights: str) -> PreTrainedModel:
+        """Base on the CPU, adapter beside it: `quantized` as it was trained, `dequantized` or `original` in 16 bits."""
+        from peft import PeftModel
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        compute = getattr(torch, self.dtype)
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-        )
+        dtype, quantization = "auto", None
+        if base_weights != "original":
+            dtype = self.dtype
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
         with explaining("base model", self.base):
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.base,
                 revision=self.revision,
-                dtype=compute if four_bit else "auto",
-                quantization_config=quantization if four_bit else None,
+                dtype=dtype,
+                quantization_config=quantization,
                 device_map={"": "cpu"},
                 use_safetensors=True,
                 trust_remote_code=self.trust_remote_code,
@@ -320,13 +333,6 @@ class Merge:
             )
             if missing := sorted(report["missing_keys"]):  # the library fills them with random numbers and goes on
                 raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
-        return model
-
-    def with_adapter(self, base_weights: str) -> PreTrainedModel:
-        """Base with the adapter beside it: `quantized` as it was trained, `dequantized` or `original` in 16 bits."""
-        from peft import PeftModel
-
-        model = self.load(four_bit=base_weights != "original")
         if base_weights == "dequantized":
             # Must come before any forward: in eval mode that repacks 4-bit weights on CPUs with AVX512-BF16, and
             # dequantising packed weights gives rubbish (bitsandbytes 0.50.2).
@@ -334,11 +340,12 @@ class Merge:
         with explaining("adapter", self.adapter):
             return PeftModel.from_pretrained(model, self.adapter).eval()  # keeps the adapter in float32
 
-    def merged(self, base_weights: str, dtype: torch.dtype) -> PreTrainedModel:
+    def merged(self, base_weights: str, dtype: str) -> PreTrainedModel:
         """The merged model, stored in `dtype`; each layer's sum is made in float32.
 
         One layer at a time is in float32, so that the peak is little above the 16-bit model.
         """
+        import torch
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         model = self.with_adapter(base_weights)
@@ -346,8 +353,8 @@ class Merge:
             if isinstance(module, BaseTunerLayer):
                 module.get_base_layer().float()
                 module.merge()
-                module.get_base_layer().to(dtype)
-        return model.unload().to(dtype)  # takes the adapter layers out; the sums stay
+                module.get_base_layer().to(getattr(torch, dtype))
+        return model.unload().to(getattr(torch, dtype))  # takes the adapter layers out; the sums stay
 
 
 def run_in_float32(model: PreTrainedModel) -> PreTrainedModel:
@@ -441,6 +448,14 @@ def is_finite(model: PreTrainedModel) -> bool:
     return all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def measured(model: PreTrainedModel, base_weights: str, dtype: str, rows: list[dict]) -> dict:
+    """A line of the table, also printed: the model's loss on held-out rows; infinite where a weight or sum overflows."""
+    loss = held_out_loss(model, rows)
+    loss = loss if math.isfinite(loss) and is_finite(model) else math.inf
+    print(f"{base_weights:<14}{dtype:<11}{loss:.4f}", flush=True)
+    return {"base_weights": base_weights, "dtype": dtype, "loss": loss}
+
+
 def choose(merge: Merge, config: Config, rows: list[dict]) -> tuple[str, str, list[dict]]:
     """(base weights, dtype, table of measured losses) for the merge.
 
@@ -448,46 +463,34 @@ def choose(merge: Merge, config: Config, rows: list[dict]) -> tuple[str, str, li
     the loss of the function that was trained wins: what was judged is what is kept. (A lower loss on another base is
     luck on few rows, as a higher one is.) Raises UserError where the adapter itself is broken.
     """
-    import torch
-
     bases = ["original", "dequantized"] if merge.four_bit else ["original"]
     bases = bases if config.base_weights == "auto" else [config.base_weights]
     dtypes = ["float16", "bfloat16"] if config.dtype == "auto" else [config.dtype]
     if len(bases) * len(dtypes) == 1:
         return bases[0], dtypes[0], []
     if not rows:
-        fits = len(dtypes) == 1 or is_finite(merge.merged(bases[-1], torch.float16))
-        base, dtype = bases[-1], dtypes[0 if fits else -1]
+        base, dtype = bases[-1], dtypes[0]
+        if dtype != dtypes[-1] and not is_finite(merge.merged(base, dtype)):
+            dtype = dtypes[-1]
         print(f"no held-out rows to measure with: taking {base} base weights and {dtype}")
         return base, dtype, []
 
     print(f"{'base weights':<14}{'stored as':<11}loss on {len(rows)} held-out rows")
-    table = []
-    for base, dtype in [("as trained", "adapter"), *((base, dtype) for base in bases for dtype in dtypes)]:
-        if not table:
-            model = merge.with_adapter("quantized" if merge.four_bit else "original")
-        else:
-            model = merge.merged(base, getattr(torch, dtype))
-        loss = held_out_loss(model, rows)
-        loss = loss if math.isfinite(loss) and is_finite(model) else math.inf  # a weight or a sum overflows
-        table.append({"base_weights": base, "dtype": dtype, "loss": loss})
-        print(f"{base:<14}{dtype:<11}{loss:.4f}", flush=True)
-        if table[0]["loss"] == math.inf:
-            raise UserError(f"{merge.adapter}: its loss is no number, so the adapter is broken; take a checkpoint")
-        del model
-    best = min(table[1:], key=lambda entry: abs(entry["loss"] - table[0]["loss"]))
-    return best["base_weights"], best["dtype"], table
+    trained = merge.with_adapter("quantized" if merge.four_bit else "original")
+    trained = measured(trained, "as trained", "adapter", rows)
+    if trained["loss"] == math.inf:
+        raise UserError(f"{merge.adapter}: its loss is no number, so the adapter is broken; take a checkpoint")
+    table = [measured(merge.merged(base, dtype), base, dtype, rows) for base in bases for dtype in dtypes]
+    best = min(table, key=lambda entry: abs(entry["loss"] - trained["loss"]))
+    return best["base_weights"], best["dtype"], [trained, *table]
 
 
 def verify(merge: Merge, folder: Path, base_weights: str, dtype: str, tokenizer) -> dict[str, float]:
     """Reload what was written, compare it with the adapter on the same base weights. Raises UserError past LIMITS."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     reference = logits_on_prompts(run_in_float32(merge.with_adapter(base_weights)), tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), trust_remote_code=merge.trust_remote_code
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=merge.trust_remote_code)
     found = compare(reference, logits_on_prompts(model, tokenizer))
     print(
         f"reloaded against the adapter on {len(reference)} positions: largest logit difference "
@@ -510,7 +513,7 @@ library_name: transformers
 
 An adapter from supervised fine-tuning, merged into `{base}`.
 
-- base weights under the adapter: {base_weights}{why}
+- base weights under the adapter: {base_weights}
 - stored as: {dtype}
 - training data: {rows} rows, SHA-256 `{sha256}`
 - held-out loss after training: {loss}
@@ -544,23 +547,18 @@ def quiet_libraries() -> None:
 
 
 def write_folder(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: dict) -> None:
-    """Save model, tokenizer, the run's record and a model card."""
+    """Save model, tokenizer and a model card."""
     generation = model.generation_config
     if not generation.do_sample:  # saving refuses sampling settings that nothing uses, and some models have them
         generation.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
-    ends = generation.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
-    ends |= set(run.get("chat_template", {}).get("end_of_turn_ids", []))
-    generation.eos_token_id = sorted(ends - {None})
+    generation.eos_token_id = stop_tokens(model, tokenizer, run)
     model.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
-    write_json(folder / "finetune_config.json", run)
-    merged, dataset = run["merged"], run.get("dataset", {})
+    base_weights, dataset = run["merged"]["base_weights"], run.get("dataset", {})
     card = CARD.format(
         base=run["base_model"],
-        base_weights=merged["base_weights"],
-        why=" (4-bit NF4, as in training)" if merged["base_weights"] == "dequantized" else "",
-        dtype=merged["dtype"],
+        base_weights=base_weights + " (4-bit NF4, as in training)" * (base_weights == "dequantized"),
+        dtype=run["merged"]["dtype"],
         rows=dataset.get("rows", "unknown"),
         sha256=dataset.get("sha256", "unknown"),
         loss=run.get("result", {}).get("loss_after", "unknown"),
@@ -574,21 +572,19 @@ def main(config: Config) -> None:
     run = read_run(config.adapter)
     rows = rows_to_measure(config.adapter, run)
     quiet_libraries()
-
-    import torch
     from transformers import AutoTokenizer
 
-    merge = Merge(config, run)
-    trained = run.get("chat_template", {})
+    merge, trained = Merge(config, run), run.get("chat_template", {})
     place = str(config.adapter) if (config.adapter / "tokenizer_config.json").is_file() else merge.base
     with explaining("tokenizer", place):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code)
-        same = not trained or fingerprint(tokenizer) == {key: trained.get(key) for key in ("sha256", "probe_ids")}
-    if not same:
-        raise UserError(f"{config.adapter}: the tokenizer in {place} does not write conversations as the training did")
+        if trained and trained | fingerprint(tokenizer) != trained:
+            raise UserError(
+                f"{config.adapter}: the tokenizer in {place} does not write conversations as the training did"
+            )
 
     base_weights, dtype, table = choose(merge, config, rows)
-    model = merge.merged(base_weights, getattr(torch, dtype))
+    model = merge.merged(base_weights, dtype)
     if not is_finite(model):
         raise UserError(f"a weight does not fit in {dtype} (or the adapter holds NaN); try --dtype bfloat16")
     for entry in table:
@@ -601,7 +597,7 @@ def main(config: Config) -> None:
             del model  # before two others are loaded
             if config.verify:
                 run["merged"]["verified"] = verify(merge, partial, base_weights, dtype, tokenizer)
-                write_json(partial / "finetune_config.json", run)
+            write_json(partial / "finetune_config.json", run)
     except OSError as error:
         raise UserError(f"{config.output} can not be written: {error}") from None
     print(f"merged: {config.output}  ({base_weights} base weights, {dtype})")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import re
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, load_script
 
 SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
 # Each script's own, by design: the entry points, and the names the lessons are documented with.
@@ -57,3 +59,8 @@ def test_helpers_of_one_name_are_the_same_in_every_script():
             if named != set(copies):
                 faults.append(f"{script}: above {name} stands 'Same in: {mark}', it is in {', '.join(copies)}")
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("script", [path.stem for path in SCRIPTS if ">>>" in path.read_text(encoding="utf-8")])
+def test_the_examples_in_docstrings_are_true(script):
+    assert doctest.testmod(load_script(script)).failed == 0

@@ -435,6 +435,23 @@ def test_each_process_takes_its_own_gpu():
     assert qwen.device_policy("cuda", True, True, False, dtype="float32").attention == "sdpa"
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "wanted"),
+    [
+        ("cuda", {}, "paged_adamw_8bit"),
+        ("cuda", {"optim": "adamw_torch"}, "adamw_torch"),
+        ("cuda", {"deepspeed": Path("ds.json")}, "adamw_8bit"),
+        ("cpu", {}, "adamw_8bit"),
+        ("mps", {}, "adamw_torch"),
+        ("mps", {"optim": "sgd"}, "sgd"),
+    ],
+)
+def test_the_optimiser_is_one_that_the_device_has(kind, settings, wanted):
+    from transformers.training_args import OptimizerNames
+
+    assert qwen.optimizer_of(qwen.FinetuneConfig(**settings), kind) == OptimizerNames(wanted)
+
+
 def test_a_model_that_does_not_fit_is_refused_with_figures():
     # Qwen2.5-7B: 7.6 billion weights, 6.5 of them in linear layers; adapter of rank 16
     shape = qwen.ModelShape(6_525_288_448, 1_090_000_000, 40_370_176, 67_895_296, 28, 3584, 18944, 152_064)
@@ -525,6 +542,7 @@ def test_dry_run_reads_no_weights(tmp_path, tiny_qwen2, monkeypatch, capsys):
     run_here(monkeypatch, tmp_path, model, "--dry_run")
     printed = capsys.readouterr().out
     assert "[[It costs" in printed and "3 optimiser steps an epoch, 9 in all" in printed
+    assert "cpu, " in printed and ", sdpa attention, plain loss at labels, adamw_torch" in printed
     assert "memory, estimated" in printed and not (tmp_path / "outputs").exists()
 
 

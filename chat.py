@@ -30,8 +30,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
 if TYPE_CHECKING:  # for annotations only: importing transformers takes seconds, and --help should not
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+# 4 bits as in the training: NF4, double quantisation
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 # One fixed conversation; its token ids are part of the fingerprint that training and inference compare.
 PROBE = [
     {"role": "user", "content": "你好, 1+1=?"},
@@ -311,26 +313,24 @@ def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or p
 def read_run(folder: Path) -> dict:
     """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none.
 
-    Raises UserError where a part that the scripts use is missing or of another kind than the training writes.
+    Raises UserError where a part that the scripts use is of another kind than the training writes.
     """
-    path = folder / "finetune_config.json"
+    path, sections = folder / "finetune_config.json", ("settings", "chat_template", "dataset")
     if not path.is_file():
         return {}
-    with suppress(OSError, ValueError, RecursionError):
+    kinds = dict.fromkeys(sections, dict) | {"max_seq_length": int, "held_out": list, "end_of_turn_ids": list}
+    kinds |= dict.fromkeys(("base_model", "dtype", "held_out_file", "path", "system_prompt", "tokenizer_dir"), str)
+    try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        match run:
-            case {
-                "base_model": str(),
-                "system_prompt": str(),
-                "max_seq_length": int(),
-                "held_out": list(),
-                "held_out_file": str(),
-                "dataset": {"path": str(), "sha256": str()},
-                "chat_template": {"sha256": str(), "probe_ids": list(), "end_of_turn_ids": [*ids]},
-                "settings": {"dtype": "auto" | "bfloat16" | "float16" | "float32", "tokenizer_dir": str()},
-            } if all(isinstance(id, int) for id in ids):
-                return run
-    raise UserError(f"{path}: not the record of a run, or cut; take it from the training's output again")
+        for part in (run, *(run.get(section, {}) for section in sections)):
+            for key, value in part.items():
+                if not isinstance(value, kinds.get(key, object)):
+                    raise ValueError(f"{key} is {str(value)[:80]!r}")
+        if not all(isinstance(id, int) for id in run.get("chat_template", {}).get("end_of_turn_ids", [])):
+            raise ValueError("end_of_turn_ids are no numbers")
+        return run
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise UserError(f"{path}: not the record of a run ({error}); take the one of the training again") from None
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py
@@ -340,9 +340,7 @@ def base_of(folder: Path, run: dict) -> str:
     try:
         named = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not the settings of an adapter ({error}); take it from the training's output again"
-        ) from None
+        raise UserError(f"{path}: not the settings of an adapter ({error}); take the training's again") from None
     return run.get("base_model") or str(named)
 
 
@@ -402,13 +400,10 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
 
     if load_in_4bit is None:
         load_in_4bit = adapter and bool(settings.get("load_in_4bit"))
-    device = find_device(load_in_4bit, settings.get("dtype", "auto"))
-    if device.four_bit:
-        dtype = device.dtype
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
     with explaining("base model" if adapter else "model", base):
+        device = find_device(load_in_4bit, settings.get("dtype", "auto"))
+        if device.four_bit:
+            quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=device.dtype)
         model, report = AutoModelForCausalLM.from_pretrained(
             **source,
             output_loading_info=True,
@@ -532,9 +527,8 @@ class Conversation:
             raise UserError(f"{len(ids)} tokens are too long for this model: {self.room} fit before the answer")
         if dropped:
             del self.turns[:dropped]
-            print(
-                f"[the conversation outgrew the context: its {dropped} oldest messages are forgotten]", file=sys.stderr
-            )
+            note = f"[the conversation outgrew the context: its {dropped} oldest messages are forgotten]"
+            print(note, file=sys.stderr)
         return ids
 
     def ask(self, question: str) -> None:
@@ -555,13 +549,27 @@ class Conversation:
             raise UserError("this model has no adapter to switch off; /compare works on an adapter folder")
         if not self.turns:
             raise UserError("ask something first")
+        print("[the base model:]", file=sys.stderr)
         last = self.turns.pop()
         try:
-            print("[the base model:]", file=sys.stderr)
             with self.model.disable_adapter():
                 self.generate(self.prompt(), reuse=False)
         finally:
             self.turns.append(last)
+
+    def cache_for(self, ids: list[int]) -> DynamicCache:
+        """The cache, cut back to what `ids` begin with, so that only the rest is read; a new one if it can not be."""
+        from transformers import DynamicCache
+
+        same = len(os.path.commonprefix([self.read, ids]))  # works on lists of any kind
+        same = min(same, len(ids) - 1)  # the last token is read again: its logits begin the answer
+        try:
+            if self.cache is not None:
+                self.cache.crop(same - len(self.read))
+                return self.cache
+        except RuntimeError:  # layers with a sliding window may not go back
+            pass
+        return DynamicCache(config=self.model.config)
 
     def generate(self, ids: list[int], reuse: bool) -> str:
         """Stream the answer to a prompt, given as token ids; returns its text.
@@ -569,21 +577,11 @@ class Conversation:
         With `reuse`, what the cache holds of the prompt is not read again.
         """
         import torch
-        from transformers import DynamicCache
 
         cache = None
         if reuse:
-            same = next((i for i, (a, b) in enumerate(zip(self.read, ids, strict=False)) if a != b), len(self.read))
-            same = min(same, len(ids) - 1)  # the last token is read again: its logits begin the answer
-            cache, surplus = self.cache, len(self.read) - same
+            cache = self.cache_for(ids)
             self.cache, self.read = None, []  # after an interruption nobody knows how much a cache holds
-            try:
-                if cache is not None:
-                    cache.crop(-surplus)
-            except RuntimeError:  # layers with a sliding window may not go back
-                cache = None
-            if cache is None:
-                cache = DynamicCache(config=self.model.config)
         streamer = safe_streamer(self.tokenizer)
         input_ids = torch.tensor([ids], device=self.model.device)
         try:

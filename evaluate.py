@@ -31,7 +31,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -44,6 +44,8 @@ DATASET = "mixed_finetune_dataset.jsonl"
 UNFINISHED = "predictions.unfinished.jsonl"  # what --resume goes on with
 FEW_ANSWERS = 16  # from here on a 4-bit base is turned into plain layers once; below, that does not pay
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")  # runs of Chinese characters
+# 4 bits as in the training: NF4, double quantisation
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 # One fixed conversation; its token ids are part of the fingerprint that training and inference compare.
 PROBE = [
     {"role": "user", "content": "你好, 1+1=?"},
@@ -513,23 +515,17 @@ def stop_for(faults: list[str], go_on: bool) -> None:
 # ------------------------------------------------------------------------------------------- the rows
 
 
-def source_of(config: Config, run: dict) -> str:
-    """The dataset to judge by: the one asked for, else that of the training."""
-    return config.dataset_path or run.get("dataset", {}).get("path") or DATASET
-
-
 def usable_rows(source: str, config: Config, run: dict, go_on: bool) -> dict[str, dict]:
     """The usable rows of a dataset by their digests, so that duplicates drop out. Raises UserError naming bad ones.
 
     A row has `digest`, `messages`, and for the eye `where`, `instruction`, `input` and `reference`.
     """
-    # a row's digest holds the system prompt of the training, whichever one it is judged with
     trained_system = run.get("system_prompt", "")
     system = trained_system if config.system_prompt is None else config.system_prompt
     rows, faults = {}, []
     for where, record, fault in dataset_rows(source):
         try:
-            if record is not None:
+            if record is not None:  # the digest is the training's, whichever system prompt the row is judged with
                 digest = digest_of(messages_of(record, trained_system))
                 rows.setdefault(digest, {"digest": digest, "where": where} | shown_row(record, system))
         except ValueError as error:
@@ -547,27 +543,24 @@ def rows_to_judge(config: Config, run: dict) -> tuple[list[dict], dict]:
     training, rows are split with the function and seed that training uses.
     """
     trained = {"path": "", "sha256": ""} | run.get("dataset", {})
-    source = source_of(config, run)
+    source = config.dataset_path or trained["path"] or DATASET
     sha256 = hashlib.sha256(Path(source).read_bytes()).hexdigest() if os.path.isfile(source) else ""
-    unchanged = sha256 == trained["sha256"]
-    same = source == trained["path"] or unchanged and sha256 != ""
+    changed = sha256 != trained["sha256"]
+    same = source == trained["path"] or bool(sha256) and not changed
     go_on = config.skip_bad_rows or same and run.get("settings", {}).get("skip_bad_rows", False)
     rows = usable_rows(source, config, run, go_on)
     about = {"path": source, "sha256": sha256, "rows": len(rows)}
-    if same:
-        held_out = run.get("held_out")
-        if not held_out:
-            raise UserError(f"{config.model}: its training held no rows out; pass --dataset_path with rows to judge by")
-        chosen = [rows[digest] for digest in map(str, held_out) if digest in rows]
-        if not unchanged:
-            say(
-                f"warning: {source} has changed since the training (its SHA-256 differs); {len(chosen)} of the "
-                f"{len(held_out)} held-out rows are still in it"
-            )
-        about |= {"chosen_by": "digests of the training", "changed": not unchanged}
-    else:
+    if not same:
         chosen = split_as_training(list(rows.values()), config)
         about["chosen_by"] = f"split, eval_ratio {config.eval_ratio}, seed {config.seed}"
+    elif held_out := run.get("held_out"):
+        chosen = [rows[digest] for digest in map(str, held_out) if digest in rows]
+        about |= {"chosen_by": "digests of the training", "changed": changed}
+    else:
+        raise UserError(f"{config.model}: its training held no rows out; pass --dataset_path with rows to judge by")
+    if same and changed:
+        still = f"{len(chosen)} of the {len(held_out)} held-out rows are still in it"
+        say(f"warning: {source} has changed since the training (its SHA-256 differs); {still}")
     if not chosen:
         raise UserError(f"{source}: no row to judge by among {len(rows)} usable ones; raise --eval_ratio to take more")
     return chosen[: config.limit], about
@@ -711,26 +704,24 @@ def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or p
 def read_run(folder: Path) -> dict:
     """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none.
 
-    Raises UserError where a part that the scripts use is missing or of another kind than the training writes.
+    Raises UserError where a part that the scripts use is of another kind than the training writes.
     """
-    path = folder / "finetune_config.json"
+    path, sections = folder / "finetune_config.json", ("settings", "chat_template", "dataset")
     if not path.is_file():
         return {}
-    with suppress(OSError, ValueError, RecursionError):
+    kinds = dict.fromkeys(sections, dict) | {"max_seq_length": int, "held_out": list, "end_of_turn_ids": list}
+    kinds |= dict.fromkeys(("base_model", "dtype", "held_out_file", "path", "system_prompt", "tokenizer_dir"), str)
+    try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        match run:
-            case {
-                "base_model": str(),
-                "system_prompt": str(),
-                "max_seq_length": int(),
-                "held_out": list(),
-                "held_out_file": str(),
-                "dataset": {"path": str(), "sha256": str()},
-                "chat_template": {"sha256": str(), "probe_ids": list(), "end_of_turn_ids": [*ids]},
-                "settings": {"dtype": "auto" | "bfloat16" | "float16" | "float32", "tokenizer_dir": str()},
-            } if all(isinstance(id, int) for id in ids):
-                return run
-    raise UserError(f"{path}: not the record of a run, or cut; take it from the training's output again")
+        for part in (run, *(run.get(section, {}) for section in sections)):
+            for key, value in part.items():
+                if not isinstance(value, kinds.get(key, object)):
+                    raise ValueError(f"{key} is {str(value)[:80]!r}")
+        if not all(isinstance(id, int) for id in run.get("chat_template", {}).get("end_of_turn_ids", [])):
+            raise ValueError("end_of_turn_ids are no numbers")
+        return run
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise UserError(f"{path}: not the record of a run ({error}); take the one of the training again") from None
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py
@@ -740,9 +731,7 @@ def base_of(folder: Path, run: dict) -> str:
     try:
         named = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not the settings of an adapter ({error}); take it from the training's output again"
-        ) from None
+        raise UserError(f"{path}: not the settings of an adapter ({error}); take the training's again") from None
     return run.get("base_model") or str(named)
 
 
@@ -802,13 +791,10 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
 
     if load_in_4bit is None:
         load_in_4bit = adapter and bool(settings.get("load_in_4bit"))
-    device = find_device(load_in_4bit, settings.get("dtype", "auto"))
-    if device.four_bit:
-        dtype = device.dtype
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
     with explaining("base model" if adapter else "model", base):
+        device = find_device(load_in_4bit, settings.get("dtype", "auto"))
+        if device.four_bit:
+            quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=device.dtype)
         model, report = AutoModelForCausalLM.from_pretrained(
             **source,
             output_loading_info=True,
@@ -840,13 +826,11 @@ def dequantise_for_many(model: PreTrainedModel, answers: int) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if answers < FEW_ANSWERS or not getattr(base, "is_loaded_in_4bit", False):
         return False
-    import bitsandbytes
     import psutil
     import torch
 
     dtype = base.get_input_embeddings().weight.dtype
-    layers = [layer for layer in base.modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)]
-    need = sum(layer.in_features * layer.out_features for layer in layers) * dtype.itemsize
+    need = base.num_parameters() * dtype.itemsize
     free = torch.cuda.mem_get_info()[0] if base.device.type == "cuda" else psutil.virtual_memory().available
     if need > 0.6 * free:  # the rest is for the cache of keys and values
         return False
@@ -959,9 +943,7 @@ def json_lines(rows: Iterable[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def answer_all(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], config: Config, earlier: dict, file
-) -> list[dict]:
+def answer_all(model, tokenizer, rows: list[dict], config: Config, earlier: dict, file: IO[str]) -> list[dict]:
     """The predictions for all rows, in their order; those that are not in `earlier` are made, and written to `file`."""
     import torch
     from tqdm import tqdm
@@ -978,9 +960,8 @@ def answer_all(
                 with side():
                     answers = generate_batch(model, [rows[i]["prompt_ids"] for i in batch], config)
             except torch.cuda.OutOfMemoryError:
-                raise UserError(
-                    f"out of GPU memory with --batch_size {config.batch_size}; take a smaller one and pass --resume"
-                ) from None
+                mend = "take a smaller one and pass --resume"
+                raise UserError(f"out of GPU memory with --batch_size {config.batch_size}; {mend}") from None
             for row, (ids, stopped) in zip(made, answers, strict=True):
                 row[prefix + "prediction"] = tokenizer.decode(ids, skip_special_tokens=True)
                 row[prefix + "stopped"] = stopped
@@ -1087,13 +1068,11 @@ def distinct(predictions: list[str], n: int) -> float:
 
 
 def load_metrics(names: tuple[str, ...]) -> dict:
-    """Metrics of the Hugging Face `evaluate` library by name, each tried on one pair. Raises UserError.
-
-    This file has that library's name, and Python looks in a script's own folder first; so the folder is left out while
-    the library is imported. From then on `import evaluate`, also in a metric's code, means the library.
-    """
+    """Metrics of the Hugging Face `evaluate` library by name, each tried on one pair. Raises UserError."""
     if not names:
         return {}
+    # This file has that library's name, and Python looks in a script's own folder first; so that folder is left out
+    # while the library is imported. From then on `import evaluate`, also in a metric's code, means the library.
     here, path = Path(__file__).resolve().parent, sys.path[:]
     sys.path[:] = [place for place in path if Path(place).resolve() != here]
     try:
@@ -1110,26 +1089,27 @@ def load_metrics(names: tuple[str, ...]) -> dict:
     return loaded
 
 
-def judge_answers(
-    predictions: list[str], stops: list[str], references: list[str], tokenizer, config: Config, library: dict
-) -> tuple[dict, list[float]]:
-    """The metrics of free generation, and for each answer the ROUGE-L that orders the report."""
+def judge_answers(predictions, stops, references, tokenizer, config: Config, library: dict) -> tuple[dict, list[float]]:
+    """The metrics of free generation, and for each answer the ROUGE-L that orders the report.
+
+    `predictions`, `stops` and `references` are lists of texts of the same length; a blank prediction counts as none.
+    """
 
     def mean_length(texts: list[str]) -> float:
         ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
         return statistics.fmean(map(len, ids))
 
     predictions = [text if text.strip() else "" for text in predictions]
+    length, wanted = mean_length(predictions), mean_length(references)
     values = {
         "empty_rate": statistics.fmean(not text for text in predictions),
         "stop_rate": statistics.fmean(stopped == "end_of_turn" for stopped in stops),
-        "avg_pred_len_tokens": mean_length(predictions),
-        "avg_ref_len_tokens": mean_length(references),
+        "avg_pred_len_tokens": length,
+        "avg_ref_len_tokens": wanted,
         "distinct-1": distinct(predictions, 1),
         "distinct-2": distinct(predictions, 2),
+        "len_ratio_pred_over_ref": length / wanted if wanted else None,
     }
-    length = values["avg_ref_len_tokens"]
-    values["len_ratio_pred_over_ref"] = values["avg_pred_len_tokens"] / length if length else None
     scores = rouge_scores(predictions, references)
     if config.rouge:
         values |= rouge_summary(scores, config.seed)
@@ -1191,11 +1171,10 @@ def report(title: str, sides: dict[str, dict], lengths: list[int], limit: int, p
         return "<tr>" + "".join(f"<{kind}>{html.escape(printable(cell))}</{kind}>" for cell in cells) + "</tr>\n"
 
     answers = ["prediction"] + ["base_prediction"] * ("base" in sides)
-    lines = [line(["score", "prompt", "reference", *answers], "th")]
+    rows = line(["score", "prompt", "reference", *answers], "th")
     for row in sorted(predictions, key=lambda row: row["score"]):
-        prompt = "\n".join(part for part in (row["instruction"], row["input"]) if part)
-        lines.append(line([f"{row['score']:.2f}", prompt, row["reference"], *(row[key] for key in answers)]))
-    scores = "".join(line(cells) for cells in table(sides))
+        prompt = f"{row['instruction']}\n{row['input']}".strip()
+        rows += line([f"{row['score']:.2f}", prompt, row["reference"], *(row[key] for key in answers)])
     return f"""<!DOCTYPE html>
 <html><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -1207,11 +1186,11 @@ td, th {{ border: 1px solid #ccc; padding: 0.3em 0.6em; text-align: left; vertic
 td {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
-<table>{scores}</table>
+<table>{"".join(line(cells) for cells in table(sides))}</table>
 <h2>Length of the samples</h2>
 {histogram(lengths, limit)}
 <h2>Answers, lowest score (ROUGE-L) first</h2>
-<table>{"".join(lines)}</table>
+<table>{rows}</table>
 </body></html>
 """
 
@@ -1221,12 +1200,13 @@ td {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 
 def path_faults(config: Config, run: dict) -> list[str]:
     """What is wrong with the files that the settings name, one line each."""
-    faults, source, unfinished = model_faults(config.model), source_of(config, run), config.output_dir / UNFINISHED
-    is_file_name = source.endswith((".json", ".jsonl"))
-    if not os.path.exists(source) and (is_file_name or source.count("/") != 1):
-        faults.append(f"{source}: no such dataset. Pass --dataset_path with records to judge by")
-    elif os.path.isfile(source) and not is_file_name:
+    faults, unfinished = model_faults(config.model), config.output_dir / UNFINISHED
+    source = config.dataset_path or run.get("dataset", {}).get("path") or DATASET
+    file_name = source.endswith((".json", ".jsonl"))
+    if os.path.isfile(source) and not file_name:
         faults.append(f"{source}: a dataset file ends in .jsonl or .json")
+    elif not os.path.exists(source) and (file_name or source.count("/") != 1):
+        faults.append(f"{source}: no such dataset. Pass --dataset_path with records to judge by")
     if config.compare_base and not (Path(config.model) / "adapter_config.json").is_file():
         faults.append(f"--compare_base switches an adapter off; {config.model} is none")
     if not config.resume and unfinished.is_file() and unfinished.read_bytes().count(b"\n") > 1:
@@ -1245,7 +1225,7 @@ def write_results(config: Config, dataset: dict, limit: int, sides: dict, length
         "truncation_rate": statistics.fmean(length > limit for length in lengths),
         **sides["model"],
     }
-    if config.compare_base:
+    if "base" in sides:
         metrics["base"] = sides["base"]
     with replacing(config.output_dir / "predictions.jsonl") as file:
         file.write(json_lines(predictions))

@@ -23,7 +23,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # for annotations only: importing transformers takes seconds,
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INSTRUCTION = "用三句话解释什么是LoRA微调，以及它为什么节省显存。"
+# 4 bits as in the training: NF4, double quantisation
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 # One fixed conversation; its token ids are part of the fingerprint that training and inference compare.
 PROBE = [
     {"role": "user", "content": "你好, 1+1=?"},
@@ -313,26 +315,24 @@ def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or p
 def read_run(folder: Path) -> dict:
     """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none.
 
-    Raises UserError where a part that the scripts use is missing or of another kind than the training writes.
+    Raises UserError where a part that the scripts use is of another kind than the training writes.
     """
-    path = folder / "finetune_config.json"
+    path, sections = folder / "finetune_config.json", ("settings", "chat_template", "dataset")
     if not path.is_file():
         return {}
-    with suppress(OSError, ValueError, RecursionError):
+    kinds = dict.fromkeys(sections, dict) | {"max_seq_length": int, "held_out": list, "end_of_turn_ids": list}
+    kinds |= dict.fromkeys(("base_model", "dtype", "held_out_file", "path", "system_prompt", "tokenizer_dir"), str)
+    try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        match run:
-            case {
-                "base_model": str(),
-                "system_prompt": str(),
-                "max_seq_length": int(),
-                "held_out": list(),
-                "held_out_file": str(),
-                "dataset": {"path": str(), "sha256": str()},
-                "chat_template": {"sha256": str(), "probe_ids": list(), "end_of_turn_ids": [*ids]},
-                "settings": {"dtype": "auto" | "bfloat16" | "float16" | "float32", "tokenizer_dir": str()},
-            } if all(isinstance(id, int) for id in ids):
-                return run
-    raise UserError(f"{path}: not the record of a run, or cut; take it from the training's output again")
+        for part in (run, *(run.get(section, {}) for section in sections)):
+            for key, value in part.items():
+                if not isinstance(value, kinds.get(key, object)):
+                    raise ValueError(f"{key} is {str(value)[:80]!r}")
+        if not all(isinstance(id, int) for id in run.get("chat_template", {}).get("end_of_turn_ids", [])):
+            raise ValueError("end_of_turn_ids are no numbers")
+        return run
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise UserError(f"{path}: not the record of a run ({error}); take the one of the training again") from None
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py
@@ -342,9 +342,7 @@ def base_of(folder: Path, run: dict) -> str:
     try:
         named = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not the settings of an adapter ({error}); take it from the training's output again"
-        ) from None
+        raise UserError(f"{path}: not the settings of an adapter ({error}); take the training's again") from None
     return run.get("base_model") or str(named)
 
 
@@ -404,13 +402,10 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
 
     if load_in_4bit is None:
         load_in_4bit = adapter and bool(settings.get("load_in_4bit"))
-    device = find_device(load_in_4bit, settings.get("dtype", "auto"))
-    if device.four_bit:
-        dtype = device.dtype
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
     with explaining("base model" if adapter else "model", base):
+        device = find_device(load_in_4bit, settings.get("dtype", "auto"))
+        if device.four_bit:
+            quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=device.dtype)
         model, report = AutoModelForCausalLM.from_pretrained(
             **source,
             output_loading_info=True,

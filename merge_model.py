@@ -24,7 +24,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, get_args, get_type_hints
@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # for annotations only: importing transformers takes seconds,
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# 4 bits as in the training: NF4, double quantisation
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 # One fixed conversation; its token ids are part of the fingerprint that training and inference compare.
 PROBE = [
     {"role": "user", "content": "你好, 1+1=?"},
@@ -208,26 +210,24 @@ def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or p
 def read_run(folder: Path) -> dict:
     """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none.
 
-    Raises UserError where a part that the scripts use is missing or of another kind than the training writes.
+    Raises UserError where a part that the scripts use is of another kind than the training writes.
     """
-    path = folder / "finetune_config.json"
+    path, sections = folder / "finetune_config.json", ("settings", "chat_template", "dataset")
     if not path.is_file():
         return {}
-    with suppress(OSError, ValueError, RecursionError):
+    kinds = dict.fromkeys(sections, dict) | {"max_seq_length": int, "held_out": list, "end_of_turn_ids": list}
+    kinds |= dict.fromkeys(("base_model", "dtype", "held_out_file", "path", "system_prompt", "tokenizer_dir"), str)
+    try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        match run:
-            case {
-                "base_model": str(),
-                "system_prompt": str(),
-                "max_seq_length": int(),
-                "held_out": list(),
-                "held_out_file": str(),
-                "dataset": {"path": str(), "sha256": str()},
-                "chat_template": {"sha256": str(), "probe_ids": list(), "end_of_turn_ids": [*ids]},
-                "settings": {"dtype": "auto" | "bfloat16" | "float16" | "float32", "tokenizer_dir": str()},
-            } if all(isinstance(id, int) for id in ids):
-                return run
-    raise UserError(f"{path}: not the record of a run, or cut; take it from the training's output again")
+        for part in (run, *(run.get(section, {}) for section in sections)):
+            for key, value in part.items():
+                if not isinstance(value, kinds.get(key, object)):
+                    raise ValueError(f"{key} is {str(value)[:80]!r}")
+        if not all(isinstance(id, int) for id in run.get("chat_template", {}).get("end_of_turn_ids", [])):
+            raise ValueError("end_of_turn_ids are no numbers")
+        return run
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise UserError(f"{path}: not the record of a run ({error}); take the one of the training again") from None
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py
@@ -237,9 +237,7 @@ def base_of(folder: Path, run: dict) -> str:
     try:
         named = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not the settings of an adapter ({error}); take it from the training's output again"
-        ) from None
+        raise UserError(f"{path}: not the settings of an adapter ({error}); take the training's again") from None
     return run.get("base_model") or str(named)
 
 
@@ -298,7 +296,7 @@ def rows_to_measure(adapter: Path, run: dict) -> list[dict]:
 
 
 class Merge:
-    """Loads the base model as often as it takes: quantised, dequantised or as it is, with the adapter beside or in it."""
+    """Loads the base model as often as it takes: 4-bit, dequantised or as it is, with the adapter beside or in it."""
 
     def __init__(self, config: Config, run: dict):
         self.adapter, self.trust_remote_code = str(config.adapter), config.trust_remote_code
@@ -312,15 +310,10 @@ class Merge:
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         dtype, quantization = "auto", None
-        if base_weights != "original":
-            dtype = self.dtype
-            quantization = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
         with explaining("base model", self.base):
+            if base_weights != "original":
+                dtype = self.dtype
+                quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.base,
                 revision=self.revision,
@@ -449,7 +442,7 @@ def is_finite(model: PreTrainedModel) -> bool:
 
 
 def measured(model: PreTrainedModel, base_weights: str, dtype: str, rows: list[dict]) -> dict:
-    """A line of the table, also printed: the model's loss on held-out rows; infinite where a weight or sum overflows."""
+    """A line of the table, also printed: the loss on held-out rows; infinite where a weight or sum overflows."""
     loss = held_out_loss(model, rows)
     loss = loss if math.isfinite(loss) and is_finite(model) else math.inf
     print(f"{base_weights:<14}{dtype:<11}{loss:.4f}", flush=True)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # for annotations only: importing transformers takes seconds,
 DATASET = "mixed_finetune_dataset.jsonl"
 UNFINISHED = "predictions.unfinished.jsonl"  # what --resume goes on with
 FEW_ANSWERS = 16  # from here on a 4-bit base is turned into plain layers once; below, that does not pay
-HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")  # runs of Chinese characters
+HAN = re.compile("([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+)")  # runs of Chinese characters
 # 4 bits as in the training: NF4, double quantisation
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 # One fixed conversation; its token ids are part of the fingerprint that training and inference compare.
@@ -1015,11 +1015,10 @@ class Words:
         from rouge_score.tokenize import tokenize
 
         jieba.setLogLevel("WARNING")
-        words, position = [], 0
-        for found in HAN.finditer(text):
-            words += tokenize(text[position : found.start()], None) + jieba.lcut(found[0])
-            position = found.end()
-        return words + tokenize(text[position:], None)
+        words = []
+        for place, part in enumerate(HAN.split(text)):  # by turns other text and Chinese
+            words += jieba.lcut(part) if place % 2 else tokenize(part, None)
+        return words
 
 
 def rouge_scores(predictions: list[str], references: list[str]) -> list[dict]:

@@ -351,26 +351,20 @@ class Merge:
 
 
 def run_in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a 16-bit model compute in float32 without holding a float32 copy: weights are widened one layer at a time."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
+    """Let a 16-bit model compute in float32 without holding a float32 copy: each layer is wide only while it runs."""
+    stored = {parameter: parameter.dtype for parameter in model.parameters()}
 
-    def forward(module, x):
-        weight = module.weight.float()
-        bias = None if module.bias is None else module.bias.float()
-        return torch.nn.functional.linear(x.float(), weight.T if isinstance(module, Conv1D) else weight, bias)
+    def widen(module, args):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+
+    def narrow(module, args, output):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(stored[parameter])
 
     for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):  # kept narrow where it shares its weight with the output layer
-            module.register_forward_hook(lambda module, args, output: output.float())
-    wide = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
-    for module in wide:
-        module.forward = forward.__get__(module)
-    narrow = {id(parameter) for module in wide for parameter in module.parameters(recurse=False)}
-    for module in model.modules():  # norms and the like are small
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in narrow:
-                setattr(module, name, torch.nn.Parameter(parameter.float(), requires_grad=False))
+        module.register_forward_pre_hook(widen)
+        module.register_forward_hook(narrow)
     return model
 
 

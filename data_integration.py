@@ -24,9 +24,10 @@ import re
 import sqlite3
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import IO, TYPE_CHECKING, get_args, get_type_hints
@@ -39,13 +40,13 @@ RATIOS = {"reports": 0.2, "orca": 0.5, "pubmed": 0.3}
 MY_REPORT_DATA_PATH = "my_dataset.json"
 OUTPUT_FILE = "mixed_finetune_dataset.jsonl"
 
-# The key that a record of each format must have. Both output and response hold an answer, in any of the first three.
+# The keys of each format. A record must have the first; both output and response hold an answer.
 FORMATS = {
-    "instruction": "instruction",
-    "alpaca": "instruction",
-    "qa": "input",
-    "messages": "messages",
-    "sharegpt": "conversations",
+    "instruction": ("instruction", "input", "output", "response"),
+    "alpaca": ("instruction", "input", "output", "response"),
+    "qa": ("input", "output", "response"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
 }
 SHUFFLE_BUFFER = 2_000  # rows of a source held in memory to change their order while it streams
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -420,10 +421,10 @@ def only(record: dict, kind: str) -> dict:
     """
     if kind == "auto":
         return record
-    if FORMATS[kind] not in record:
-        raise ValueError(f"no key {FORMATS[kind]!r} as --format {kind} needs; found {sorted(record)}")
-    keys = [FORMATS[kind]] if kind in ("messages", "sharegpt") else [FORMATS[kind], "input", "output", "response"]
-    return {key: record[key] for key in dict.fromkeys([*keys, "system", "source"]) if key in record}
+    keys = FORMATS[kind]
+    if keys[0] not in record:
+        raise ValueError(f"no key {keys[0]!r} as --format {kind} needs; found {sorted(record)}")
+    return {key: record[key] for key in (*keys, "system", "source") if key in record}
 
 
 # --------------------------------------------------------------------------------------------- mixing
@@ -436,11 +437,35 @@ def line_of(record: dict) -> str:
 
 
 # Same in: data_integration.py, data_set_generation.py
+def converted_rows(
+    rows: Iterable[tuple[str, dict | None, str]], convert: Callable[[dict], dict | None], seed: int
+) -> Iterator[tuple[str, dict | None, int, str]]:
+    """Yield (where, record, key, fault) for each row; a bad one has a fault, one of no use neither fault nor record."""
+    for place, row, fault in rows:
+        record, key = None, 0
+        try:
+            if not fault:
+                record = convert(row)
+                key = key_of(record, seed) if record else 0
+        except (ValueError, RecursionError) as error:
+            record, fault = None, str(error) or type(error).__name__
+        yield place, record, key, fault
+
+
+# Same in: data_integration.py, data_set_generation.py
+def rejection(place: str, fault: str) -> str:
+    """A bad row as a line of the reject file: its file, its line there (in Parquet: row), and the reason."""
+    file, _, number = place.rpartition(":")
+    return line_of({"file": file, "row" if file.endswith(".parquet") else "line": int(number), "reason": fault})
+
+
+# Same in: data_integration.py, data_set_generation.py
 @dataclass
 class Source:
     name: str
     flag: str  # the setting that holds its hub id, file or folder
-    convert: Callable[[dict], tuple[tuple[str, ...], dict] | None]  # shares it may fill and the record; None: no use
+    shares: tuple[str, ...]  # those that its rows may fill
+    convert: Callable[[dict], dict | None]  # row to record; None: of no use; "shares" in it: it fits only these
     settings: str = ""  # what else decides how a row is converted
     first: tuple[str, ...] = ()  # folders to read before the rest
 
@@ -454,78 +479,56 @@ class Part:
     """
 
     def __init__(self, source: Source, path: str, seed: int, folder: Path):
-        self.source, self.path, self.seed, self.files, self.label = source, path, seed, None, path.partition(":")[0]
+        self.source, self.path, self.seed = source, path, seed
+        local = Path(path).exists()
+        self.label = Path(path).name if local else path.partition(":")[0]
+        self.files = files_of(path) if local else []
+        versions = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in self.files]
         # the script itself is part of the name: a changed script may convert in another way
         code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        name = [path, source.settings, source.first, seed, code]
-        if Path(path).exists():
-            self.files = files_of(path)
-            self.label = Path(path).name
-            name += [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in self.files]
-        digest = hashlib.sha256(repr(name).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        name = repr([path, source.settings, source.first, seed, code, versions]).encode("utf-8", "surrogateescape")
         folder.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(folder / f"{source.name}-{digest}.sqlite", timeout=1)  # seconds to wait for a lock
+        file = folder / f"{source.name}-{hashlib.sha256(name).hexdigest()[:16]}.sqlite"
+        self.db = sqlite3.connect(file, timeout=1)  # seconds to wait for a lock
         self.db.execute("PRAGMA locking_mode=EXCLUSIVE")
-        self.db.execute("CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, key, shares, line, place, fault)")
-        self.db.execute("CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY, number, complete)")
-        self.db.execute("INSERT OR IGNORE INTO progress VALUES (0, 0, 0)")
-        self.number, self.complete = self.db.execute("SELECT number, complete FROM progress").fetchone()
-        self.db.execute("DELETE FROM rows WHERE number > ?", (self.number,))  # an interrupt may fall between the two
-        self.db.commit()
-        if not self.number and self.files is None:
+        self.db.execute("BEGIN EXCLUSIVE")
+        # a bad row has no shares, and its line is that of the reject file
+        self.db.execute("CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, key, shares, line)")
+        self.last = self.db.execute("SELECT coalesce(max(number), 0) FROM rows").fetchone()[0]
+        self.complete = self.db.execute("PRAGMA user_version").fetchone()[0]  # 1 when the stream was read to its end
+        if not local and not self.last:
             self.files = files_of(path)  # now, so that all sources that cannot be opened are named together
 
-    def rows(self, bar: tqdm) -> Iterator[tuple[int, int, str, str, str]]:
-        """Yield (number, key, shares, place, fault) of each row of use and each bad row; the others leave a gap."""
-        yield from self.db.execute("SELECT number, key, shares, place, fault FROM rows ORDER BY number")
+    def rows(self, bar: tqdm) -> Iterator[tuple[int, int, str]]:
+        """Yield (number, key, shares) of each row of use and each bad row; the others leave a gap."""
+        yield from self.db.execute("SELECT number, key, shares FROM rows ORDER BY number")
         if self.complete:
             return
-        done_before = self.number
-        stream = stream_of(self.files or files_of(self.path), self.seed, self.source.first)
-        with closing(stream):
-            for number, (place, row, fault) in enumerate(stream, start=1):
-                if number <= done_before:
-                    continue
-                kept = self.convert(place, row, fault)
-                if kept:
-                    self.db.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", (number, *kept))
-                self.number = number
+        with closing(stream_of(self.files or files_of(self.path), self.seed, self.source.first)) as stream:
+            rows = converted_rows(islice(stream, self.last, None), self.source.convert, self.seed)
+            for number, (place, record, key, fault) in enumerate(rows, start=self.last + 1):
+                if fault:
+                    key, shares, line = 0, "", rejection(place, fault)
+                elif record:
+                    shares = " ".join(record.pop("shares", self.source.shares))
+                    record.setdefault("source", self.label)
+                    line = line_of(record)
+                if fault or record:
+                    self.db.execute("INSERT INTO rows VALUES (?, ?, ?, ?)", (number, key, shares, line))
+                    yield number, key, shares
                 if number % 5000 == 0:
-                    self.save()
+                    self.db.commit()
                     bar.set_postfix_str(f"{self.source.name}: row {number:,}")
-                if kept:
-                    key, shares, _, place, fault = kept
-                    yield number, key, shares, place, fault
-        self.complete = True
-        self.save()
-
-    def convert(self, place: str, row: dict | None, fault: str) -> tuple[int, str, str, str, str] | None:
-        """(key, shares, line, place, fault) of one row of the stream, or None if it is of no use."""
-        try:
-            if fault:
-                raise ValueError(fault)
-            converted = self.source.convert(row)
-            if converted is None:
-                return None
-            shares, record = converted
-            record.setdefault("source", self.label)
-            return key_of(record, self.seed), " ".join(shares), line_of(record), "", ""
-        except (ValueError, RecursionError) as error:
-            reason = str(error) or type(error).__name__
-            return 0, "", "", *(text.encode("utf-8", "replace").decode() for text in (place, reason))
-
-    def save(self) -> None:
-        """Keep what was converted, even if the next moment kills the process."""
-        self.db.execute("UPDATE progress SET number = ?, complete = ?", (self.number, self.complete))
+        self.db.execute("PRAGMA user_version=1")
         self.db.commit()
-
-    def close(self) -> None:
-        with suppress(sqlite3.Error):  # what went wrong was said before
-            self.save()
-        self.db.close()
 
     def line(self, number: int) -> str:
         return self.db.execute("SELECT line FROM rows WHERE number = ?", (number,)).fetchone()[0]
+
+    def close(self) -> None:
+        with suppress(sqlite3.Error):  # what went wrong was said before
+            self.db.commit()
+        self.db.close()
 
 
 # Same in: data_integration.py, data_set_generation.py
@@ -536,11 +539,13 @@ class Mix:
     duplicates, and reading it in the order of the keys is the shuffle.
     """
 
-    def __init__(self, parts: dict[str, Part], feeds: dict[str, list[str]], ratios: dict[str, float], strict: bool):
-        self.parts, self.feeds, self.ratios, self.strict = parts, feeds, ratios, strict
+    def __init__(self, parts: dict[str, Part], ratios: dict[str, float], strict: bool):
+        self.parts, self.ratios, self.strict = parts, ratios, strict
+        # the sources of each share, in the order in which they are used up
+        self.feeds = {share: [name for name in parts if share in parts[name].source.shares] for share in ratios}
         self.read = dict.fromkeys(parts, 0)  # how far into each stream this mix came
         self.counts = Counter()  # (share, source, "found" | "rejected" | "duplicate" | "written") -> rows
-        self.fill_of = dict.fromkeys(ratios, 0)  # rows found for each share
+        self.found_for = dict.fromkeys(ratios, 0)  # share -> rows
         self.db = sqlite3.connect("", isolation_level=None)  # "": a private file that SQLite deletes
         self.db.execute("PRAGMA cache_size=-65536")  # 64 MiB
         self.db.execute("CREATE TABLE chosen (key INTEGER PRIMARY KEY, source, number)")
@@ -551,14 +556,14 @@ class Mix:
     def take(self, total: int, bar: tqdm) -> int:
         """Choose up to `total` rows by the ratios. What one share lacks, those that have more give by their ratios."""
         self.streams = {name: part.rows(bar) for name, part in self.parts.items()}
-        taken, able = 0, dict(self.ratios)
+        taken, have_more = 0, dict(self.ratios)
         try:
-            while taken < total and able:
-                missing, weight = total - taken, sum(able.values())
-                for share, ratio in list(able.items()):
+            while taken < total and have_more:
+                missing, weight = total - taken, sum(have_more.values())
+                for share, ratio in list(have_more.items()):
                     for _ in range(min(total - taken, max(1, int(missing * ratio / weight)))):
                         if not self.choose(share):
-                            del able[share]
+                            del have_more[share]
                             break
                         taken += 1
                         bar.update()
@@ -579,23 +584,23 @@ class Mix:
 
     def candidate(self, share: str) -> tuple[str, int, int] | None:
         """(source, number, key) of the next row for a share, chosen before or not."""
-        row = self.db.execute(
-            "SELECT id, source, number, key FROM waiting WHERE share = ? ORDER BY id LIMIT 1", (share,)
-        ).fetchone()
+        query = "SELECT id, source, number, key FROM waiting WHERE share = ? ORDER BY id LIMIT 1"
+        row = self.db.execute(query, (share,)).fetchone()
         if row:
             self.db.execute("DELETE FROM waiting WHERE id = ?", row[:1])
             return row[1:]
         for source in self.feeds[share]:
-            for number, key, shares, place, fault in self.streams[source]:
+            for number, key, shares in self.streams[source]:
                 self.read[source] = number
-                if fault:
+                if not shares:
                     if self.strict:
-                        raise UserError(f"{place}: {fault}. Mend the row or leave out --strict.")
+                        file, line, reason = json.loads(self.parts[source].line(number)).values()
+                        raise UserError(f"{file}:{line}: {reason}. Mend the row or leave out --strict.")
                     self.counts[share, source, "rejected"] += 1
                     continue
                 # a row that fits several shares goes to the scarcest: the one found least for what it asks
-                home = min(shares.split(), key=lambda name: self.fill_of[name] / self.ratios[name])
-                self.fill_of[home] += 1
+                home = min(shares.split(), key=lambda name: self.found_for[name] / self.ratios[name])
+                self.found_for[home] += 1
                 self.counts[home, source, "found"] += 1
                 if home == share:
                     return source, number, key
@@ -607,11 +612,11 @@ class Mix:
         for source, number in self.db.execute("SELECT source, number FROM chosen ORDER BY key"):
             yield self.parts[source].line(number)
 
-    def rejected(self) -> Iterator[tuple[str, str]]:
-        """(place, reason) of each bad row that this mix came across."""
+    def rejected(self) -> Iterator[str]:
+        """The bad rows that this mix came across, as lines of the reject file."""
         for name, part in self.parts.items():
-            query = "SELECT place, fault FROM rows WHERE fault != '' AND number <= ? ORDER BY number"
-            yield from part.db.execute(query, (self.read[name],))
+            query = "SELECT line FROM rows WHERE shares = '' AND number <= ? ORDER BY number"
+            yield from (line for (line,) in part.db.execute(query, (self.read[name],)))
 
     def table(self, total: int) -> str:
         """What was asked, found, rejected, duplicate and written, for each share and source."""
@@ -627,14 +632,12 @@ class Mix:
 
 
 # Same in: data_integration.py, data_set_generation.py
-def write_rejected(rejected: Iterator[tuple[str, str]], output_file: Path) -> int:
-    """Write {"file", "line" (or "row"), "reason"} of each rejected row beside the output; returns their number."""
+def write_rejected(lines: Iterable[str], output_file: Path) -> int:
+    """Write the reject file beside the output, unless it would be empty; returns the number of its lines."""
     path, count = output_file.with_name(output_file.name + ".rejected.jsonl"), 0
     with replacing(path) as file:
-        for place, reason in rejected:
-            name, _, number = place.rpartition(":")
-            unit = "row" if name.endswith(".parquet") else "line"
-            file.write(line_of({"file": name, unit: int(number), "reason": reason}) + "\n")
+        for line in lines:
+            file.write(line + "\n")
             count += 1
     if not count:
         path.unlink()  # an empty one would look like a finding
@@ -656,25 +659,23 @@ def open_parts(sources: list[Source], config: Config) -> dict[str, Part]:
 
 
 # Same in: data_integration.py, data_set_generation.py
-def build(sources: list[Source], feeds: dict[str, list[str]], ratios: dict[str, float], config: Config) -> None:
-    """Make the mix: `feeds` names the sources of each share, in the order in which they are used up."""
+def build(sources: list[Source], ratios: dict[str, float], config: Config) -> None:
+    """Make the mix, write it and print its table. Raises UserError where a source or the output is at fault."""
     from tqdm import tqdm
 
-    needed, parts = {name for share in ratios for name in feeds[share]}, {}
+    parts = {}
     try:
-        parts = open_parts([source for source in sources if source.name in needed], config)
-        for part in parts.values():
-            for file in part.files or ():
-                if config.output_file.exists() and Path(file).exists() and config.output_file.samefile(file):
-                    raise UserError(f"{file} is a source. Pass another --output_file.")
-        mix = Mix(parts, feeds, ratios, config.strict)
+        parts = open_parts([source for source in sources if not ratios.keys().isdisjoint(source.shares)], config)
+        for file in (file for part in parts.values() for file in part.files):
+            if config.output_file.exists() and Path(file).exists() and config.output_file.samefile(file):
+                raise UserError(f"{file} is a source. Pass another --output_file.")
+        mix = Mix(parts, ratios, config.strict)
         with tqdm(total=config.total_samples, unit=" rows", smoothing=0.05) as bar:
             written = mix.take(config.total_samples, bar)
         rejected = write_rejected(mix.rejected(), config.output_file)
         if not written:
-            raise UserError(
-                "no good row in any source" + (f"; see {config.output_file}.rejected.jsonl" if rejected else "")
-            )
+            hint = f"; see {config.output_file}.rejected.jsonl" if rejected else ""
+            raise UserError("no good row in any source" + hint)
         with replacing(config.output_file) as file:
             file.writelines(line + "\n" for line in mix.lines())
     except sqlite3.Error as error:
@@ -698,33 +699,31 @@ def convert_file(config: Config) -> None:
     output = config.output or Path("data/processed") / (config.input.stem + ".jsonl")
     if not config.input.exists():
         raise UserError(f"{config.input}: no such file or folder")
-    read, seen, rejected = 0, set(), []
+    if output.exists() and output.samefile(config.input):
+        raise UserError(f"{output} is the input itself. Pass another --output.")
+    written, duplicate, rejected = set(), 0, []
     try:
-        if output.exists() and output.samefile(config.input):
-            raise UserError(f"{output} is the input itself. Pass another --output.")
         with replacing(output) as file:
-            for place, row, fault in rows_of_files(files_of(str(config.input))):
-                read += 1
-                try:
-                    if fault:
-                        raise ValueError(fault)
-                    record = training_record(only(row, config.format))
-                    key = key_of(record, config.seed)
-                except (ValueError, RecursionError) as error:
-                    if config.strict:
-                        raise UserError(f"{place}: {error}. Mend the row or leave out --strict.") from None
-                    rejected.append((place, str(error)))
-                    continue
-                if key not in seen:
-                    seen.add(key)
+            rows = rows_of_files(files_of(str(config.input)))
+            convert = lambda row: training_record(only(row, config.format))
+            for place, record, key, fault in converted_rows(rows, convert, config.seed):
+                if fault and config.strict:
+                    raise UserError(f"{place}: {fault}. Mend the row or leave out --strict.")
+                if fault:
+                    rejected.append(rejection(place, fault))
+                elif key in written:
+                    duplicate += 1
+                else:
+                    written.add(key)
                     file.write(line_of(record) + "\n")
-            write_rejected(iter(rejected), output)
-            if not seen:
-                raise UserError(f"{config.input}: no good row" + (f"; see {output}.rejected.jsonl" if rejected else ""))
+            write_rejected(rejected, output)
+            if not written:
+                hint = f"; see {output}.rejected.jsonl" if rejected else ""
+                raise UserError(f"{config.input}: no good row{hint}")
     except OSError as error:  # no permission, no space, a folder where a file should be
         raise UserError(str(error)) from None
-    duplicate = read - len(seen) - len(rejected)
-    print(f"{read:,} read, {len(rejected):,} rejected, {duplicate:,} duplicate, {len(seen):,} written")
+    read = len(written) + duplicate + len(rejected)
+    print(f"{read:,} read, {len(rejected):,} rejected, {duplicate:,} duplicate, {len(written):,} written")
     if rejected:
         print(f"rejected rows: {output}.rejected.jsonl", file=sys.stderr)
     print(f"written: {output}", file=sys.stderr)
@@ -734,11 +733,11 @@ def main(config: Config) -> None:
     if config.input is not None:
         return convert_file(config)
     sources = [
-        Source("reports", "my_report_data_path", lambda row: (("reports",), training_record(row))),
-        Source("orca", "orca_data_path", lambda row: (("orca",), training_record(row))),
-        Source("pubmed", "pubmed_data_path", lambda row: (("pubmed",), convert_pubmed(row))),
+        Source("reports", "my_report_data_path", ("reports",), training_record),
+        Source("orca", "orca_data_path", ("orca",), training_record),
+        Source("pubmed", "pubmed_data_path", ("pubmed",), convert_pubmed),
     ]
-    build(sources, {source.name: [source.name] for source in sources}, ratios_of(config.ratios, RATIOS), config)
+    build(sources, ratios_of(config.ratios, RATIOS), config)
 
 
 if __name__ == "__main__":

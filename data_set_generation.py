@@ -24,9 +24,10 @@ import re
 import sqlite3
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import IO, TYPE_CHECKING, get_args, get_type_hints
@@ -171,10 +172,10 @@ def ratios_of(pairs: tuple[str, ...], known: dict[str, float]) -> dict[str, floa
     return {name: ratios[name] for name in known if ratios.get(name)}  # in a fixed order, however they were typed
 
 
-def keywords_of(path: Path | None) -> dict[str, list[str]]:
+def keywords_of(path: Path | None) -> dict[str, Sequence[str]]:
     """KEYWORDS, or those of a JSON file in their place. Raises ValueError for another form."""
     if path is None:
-        return {domain: list(words) for domain, words in KEYWORDS.items()}
+        return KEYWORDS
     try:
         keywords = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -456,10 +457,10 @@ def convert_pubmed(row: dict) -> dict:
     return {"instruction": row["question"], "input": "\n".join(contexts), "output": output}
 
 
-def convert_stackexchange(row: dict, matcher: KeywordMatcher, min_score: int) -> tuple[tuple[str, ...], dict] | None:
-    """(domains, record) of a question and its best answer in Markdown, or None if no domain or answer is good enough.
+def convert_stackexchange(row: dict, matcher: KeywordMatcher, min_score: int) -> dict | None:
+    """A question and its best answer as a record in Markdown; None if it fits no domain or no answer is good enough.
 
-    Raises ValueError for a row of another form. The question has no title in this dataset.
+    Its domains stand in it as `shares`. Raises ValueError for a row of another form. These questions have no title.
     """
     question, answers = row.get("question"), row.get("answers")
     if not isinstance(question, str):
@@ -475,14 +476,12 @@ def convert_stackexchange(row: dict, matcher: KeywordMatcher, min_score: int) ->
     domains = matcher.domains(TAG.sub(" ", question + " " + best["text"]))
     if not domains:
         return None
-    metadata = row.get("metadata")
-    links = [link for link in metadata if isinstance(link, str)] if isinstance(metadata, list) else []
-    who = [best.get("author"), best.get("author_profile")]
-    author = " ".join(text for text in who if isinstance(text, str) and text)
-    credit = f"{links[0] if links else 'no address'} answer by {author or 'unknown'}, CC BY-SA"
-    source = f"HuggingFaceH4/stack-exchange-preferences {credit}"
+    links = row.get("metadata")  # of the question, the site and the asker
+    address = links[0] if isinstance(links, list) and links else "no address"
+    author = " ".join(str(text) for text in (best.get("author"), best.get("author_profile")) if text)
+    source = f"HuggingFaceH4/stack-exchange-preferences {address} answer by {author or 'unknown'}, CC BY-SA"
     question, answer = markdown_of(question), markdown_of(best["text"])
-    return domains, {"instruction": question, "input": "", "output": answer, "source": source}
+    return {"instruction": question, "input": "", "output": answer, "source": source, "shares": domains}
 
 
 def best_answer(answers: list[dict], min_score: int) -> dict | None:
@@ -509,35 +508,34 @@ class KeywordMatcher:
     """
 
     # a word ends where Chinese, Japanese or Korean text begins: "AI芯片" holds the word "AI"
-    WORD = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+    CHINESE = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+    WORD = re.compile(rf"[^\W{CHINESE}]+")
     ASCII_WORD = re.compile(r"\w+", re.ASCII)  # the same for ASCII text, in half the time
 
-    def __init__(self, keywords: dict[str, list[str]]):
-        self.kinds = {}
-        for domain, words in keywords.items():
-            acronyms, single, phrases, anywhere = set(), set(), {}, []
-            for word in words:
-                parts = self.WORD.findall(word)
-                if re.search(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]", word):
-                    anywhere.append(word)
-                elif len(parts) > 1:
-                    phrase = " ".join(parts).lower()
-                    phrases.setdefault(parts[0].lower(), []).append(f" {phrase} ")
+    def __init__(self, keywords: dict[str, Sequence[str]]):
+        self.kinds = {}  # domain -> (single words, phrases between spaces, Chinese keywords)
+        for domain, of_domain in keywords.items():
+            words, phrases, chinese = set(), [], []
+            for keyword in of_domain:
+                parts = self.WORD.findall(keyword)
+                if re.search(f"[{self.CHINESE}]", keyword):
+                    chinese.append(keyword)
+                elif len(parts) == 1:
+                    words.add(parts[0] if keyword.isupper() else parts[0].lower())
                 elif parts:
-                    (acronyms if word.isupper() else single).add(parts[0] if word.isupper() else parts[0].lower())
-            self.kinds[domain] = (acronyms, single, phrases, anywhere)
+                    phrases.append(f" {' '.join(parts).lower()} ")
+            self.kinds[domain] = words, phrases, chinese
 
     def domains(self, text: str) -> tuple[str, ...]:
-        ascii_only = text.isascii()
-        words = (self.ASCII_WORD if ascii_only else self.WORD).findall(text)
-        line = f" {' '.join(words).lower()} "
-        exact, any_case = set(words), set(line.split())
+        parts = (self.ASCII_WORD if text.isascii() else self.WORD).findall(text)
+        line = f" {' '.join(parts).lower()} "
+        found = {*parts, *line.split()}  # as written, which is for the acronyms, and in small letters
         return tuple(
             domain
-            for domain, (acronyms, single, phrases, anywhere) in self.kinds.items()
-            if not (acronyms.isdisjoint(exact) and single.isdisjoint(any_case))
-            or any(phrase in line for first in phrases.keys() & any_case for phrase in phrases[first])
-            or (not ascii_only and any(word in text for word in anywhere))
+            for domain, (words, phrases, chinese) in self.kinds.items()
+            if not words.isdisjoint(found)
+            or any(phrase in line for phrase in phrases)
+            or any(keyword in text for keyword in chinese)
         )
 
 
@@ -576,21 +574,21 @@ def markdown_of(html: str) -> str:
 
 def blocks_of(node: _Element) -> list[str]:
     """The paragraphs, lists, code blocks ... of an element, each as Markdown."""
-    blocks, line = [], [squeeze(node.text)]
-    for child in [*node, None]:
+    blocks, line = [], squeeze(node.text)
+    for child in node:
         # code inside a link or the like is a block too
-        if child is None or child.tag in BLOCKS or (len(child) and child.find(".//pre") is not None):
-            text = "".join(line).strip()
-            if text:
-                blocks.append(LINE_BREAK.sub("\n", text) if "\n" in text else text)
-            line = []
-            if child is None:
-                return blocks
-            blocks += block_of(child)
+        if child.tag in BLOCKS or (len(child) and child.find(".//pre") is not None):
+            blocks += paragraph(line) + block_of(child)
+            line = squeeze(child.tail)
         else:
-            line.append(inline(child))
-        line.append(squeeze(child.tail))
-    return blocks
+            line += inline(child) + squeeze(child.tail)
+    return blocks + paragraph(line)
+
+
+def paragraph(line: str) -> list[str]:
+    """Text with its marks as one block, or none if it is empty."""
+    line = line.strip()
+    return [LINE_BREAK.sub("\n", line) if "\n" in line else line] if line else []
 
 
 def block_of(node: _Element) -> list[str]:
@@ -598,19 +596,11 @@ def block_of(node: _Element) -> list[str]:
     tag = node.tag
     if tag == "pre":
         code = "".join(node.itertext()).strip("\n").rstrip()
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+        fence = backticks(code, 3)
         language = re.search(r"\blang(?:uage)?-(\w+)", node.get("class", ""))
         return [f"{fence}{language[1] if language else ''}\n{code}\n{fence}"] if code else []
     if tag in ("ul", "ol"):
-        items = [(blocks_of(item), any(part.tag in ("p", "pre", "blockquote") for part in item)) for item in node]
-        loose = any(has_paragraphs and len(blocks) > 1 for blocks, has_paragraphs in items)
-        lines = []
-        start = node.get("start", "")
-        for number, (blocks, has_paragraphs) in enumerate(items, start=int(start) if start.isdecimal() else 1):
-            mark = "- " if tag == "ul" else f"{number}. "
-            text = ("\n\n" if has_paragraphs else "\n").join(blocks)
-            lines.append(mark + re.sub(r"\n(?=[^\n])", "\n" + " " * len(mark), text))
-        return [("\n\n" if loose else "\n").join(lines)] if lines else []
+        return list_of(node)
     if tag == "blockquote":
         text = "\n\n".join(blocks_of(node))
         return [re.sub("^(?=.)", "> ", text, flags=re.M).replace("\n\n", "\n>\n")] if text else []
@@ -626,6 +616,20 @@ def block_of(node: _Element) -> list[str]:
     return blocks
 
 
+def list_of(node: _Element) -> list[str]:
+    """A list as one block; none if it is empty. Where an item has several paragraphs, empty lines part the items."""
+    lines, gap, start = [], "\n", node.get("start", "")
+    for number, item in enumerate(node, start=int(start) if start.isdecimal() else 1):
+        blocks = blocks_of(item)
+        has_paragraphs = any(part.tag in ("p", "pre", "blockquote") for part in item)
+        if has_paragraphs and len(blocks) > 1:
+            gap = "\n\n"
+        mark = "- " if node.tag == "ul" else f"{number}. "
+        text = ("\n\n" if has_paragraphs else "\n").join(blocks)
+        lines.append(mark + re.sub(r"\n(?=[^\n])", "\n" + " " * len(mark), text))
+    return [gap.join(lines)] if lines else []
+
+
 def inline(node: _Element) -> str:
     """An element within a line as Markdown, without its tail."""
     tag = node.tag
@@ -635,8 +639,7 @@ def inline(node: _Element) -> str:
         return ""
     if tag in ("code", "kbd", "tt"):
         code = squeeze("".join(node.itertext())).strip()
-        ticks = "`" * (1 + max(map(len, re.findall("`+", code)), default=0))
-        edge = " " if code[:1] == "`" or code[-1:] == "`" else ""
+        ticks, edge = backticks(code, 1), " " if code[:1] == "`" or code[-1:] == "`" else ""
         return f"{ticks}{edge}{code}{edge}{ticks}" if code else ""
     text = squeeze(node.text) + "".join(inline(child) + squeeze(child.tail) for child in node)
     inner = text.strip()
@@ -645,6 +648,11 @@ def inline(node: _Element) -> str:
     if tag in ("sub", "sup") and inner and " " not in inner:
         return ("_" if tag == "sub" else "^") + inner
     return text
+
+
+def backticks(code: str, least: int) -> str:
+    """The mark before and after code: more backticks than any run of them in the code."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", code)), default=0))
 
 
 def squeeze(text: str | None) -> str:
@@ -662,11 +670,35 @@ def line_of(record: dict) -> str:
 
 
 # Same in: data_integration.py, data_set_generation.py
+def converted_rows(
+    rows: Iterable[tuple[str, dict | None, str]], convert: Callable[[dict], dict | None], seed: int
+) -> Iterator[tuple[str, dict | None, int, str]]:
+    """Yield (where, record, key, fault) for each row; a bad one has a fault, one of no use neither fault nor record."""
+    for place, row, fault in rows:
+        record, key = None, 0
+        try:
+            if not fault:
+                record = convert(row)
+                key = key_of(record, seed) if record else 0
+        except (ValueError, RecursionError) as error:
+            record, fault = None, str(error) or type(error).__name__
+        yield place, record, key, fault
+
+
+# Same in: data_integration.py, data_set_generation.py
+def rejection(place: str, fault: str) -> str:
+    """A bad row as a line of the reject file: its file, its line there (in Parquet: row), and the reason."""
+    file, _, number = place.rpartition(":")
+    return line_of({"file": file, "row" if file.endswith(".parquet") else "line": int(number), "reason": fault})
+
+
+# Same in: data_integration.py, data_set_generation.py
 @dataclass
 class Source:
     name: str
     flag: str  # the setting that holds its hub id, file or folder
-    convert: Callable[[dict], tuple[tuple[str, ...], dict] | None]  # shares it may fill and the record; None: no use
+    shares: tuple[str, ...]  # those that its rows may fill
+    convert: Callable[[dict], dict | None]  # row to record; None: of no use; "shares" in it: it fits only these
     settings: str = ""  # what else decides how a row is converted
     first: tuple[str, ...] = ()  # folders to read before the rest
 
@@ -680,78 +712,56 @@ class Part:
     """
 
     def __init__(self, source: Source, path: str, seed: int, folder: Path):
-        self.source, self.path, self.seed, self.files, self.label = source, path, seed, None, path.partition(":")[0]
+        self.source, self.path, self.seed = source, path, seed
+        local = Path(path).exists()
+        self.label = Path(path).name if local else path.partition(":")[0]
+        self.files = files_of(path) if local else []
+        versions = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in self.files]
         # the script itself is part of the name: a changed script may convert in another way
         code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        name = [path, source.settings, source.first, seed, code]
-        if Path(path).exists():
-            self.files = files_of(path)
-            self.label = Path(path).name
-            name += [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in self.files]
-        digest = hashlib.sha256(repr(name).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        name = repr([path, source.settings, source.first, seed, code, versions]).encode("utf-8", "surrogateescape")
         folder.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(folder / f"{source.name}-{digest}.sqlite", timeout=1)  # seconds to wait for a lock
+        file = folder / f"{source.name}-{hashlib.sha256(name).hexdigest()[:16]}.sqlite"
+        self.db = sqlite3.connect(file, timeout=1)  # seconds to wait for a lock
         self.db.execute("PRAGMA locking_mode=EXCLUSIVE")
-        self.db.execute("CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, key, shares, line, place, fault)")
-        self.db.execute("CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY, number, complete)")
-        self.db.execute("INSERT OR IGNORE INTO progress VALUES (0, 0, 0)")
-        self.number, self.complete = self.db.execute("SELECT number, complete FROM progress").fetchone()
-        self.db.execute("DELETE FROM rows WHERE number > ?", (self.number,))  # an interrupt may fall between the two
-        self.db.commit()
-        if not self.number and self.files is None:
+        self.db.execute("BEGIN EXCLUSIVE")
+        # a bad row has no shares, and its line is that of the reject file
+        self.db.execute("CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, key, shares, line)")
+        self.last = self.db.execute("SELECT coalesce(max(number), 0) FROM rows").fetchone()[0]
+        self.complete = self.db.execute("PRAGMA user_version").fetchone()[0]  # 1 when the stream was read to its end
+        if not local and not self.last:
             self.files = files_of(path)  # now, so that all sources that cannot be opened are named together
 
-    def rows(self, bar: tqdm) -> Iterator[tuple[int, int, str, str, str]]:
-        """Yield (number, key, shares, place, fault) of each row of use and each bad row; the others leave a gap."""
-        yield from self.db.execute("SELECT number, key, shares, place, fault FROM rows ORDER BY number")
+    def rows(self, bar: tqdm) -> Iterator[tuple[int, int, str]]:
+        """Yield (number, key, shares) of each row of use and each bad row; the others leave a gap."""
+        yield from self.db.execute("SELECT number, key, shares FROM rows ORDER BY number")
         if self.complete:
             return
-        done_before = self.number
-        stream = stream_of(self.files or files_of(self.path), self.seed, self.source.first)
-        with closing(stream):
-            for number, (place, row, fault) in enumerate(stream, start=1):
-                if number <= done_before:
-                    continue
-                kept = self.convert(place, row, fault)
-                if kept:
-                    self.db.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", (number, *kept))
-                self.number = number
+        with closing(stream_of(self.files or files_of(self.path), self.seed, self.source.first)) as stream:
+            rows = converted_rows(islice(stream, self.last, None), self.source.convert, self.seed)
+            for number, (place, record, key, fault) in enumerate(rows, start=self.last + 1):
+                if fault:
+                    key, shares, line = 0, "", rejection(place, fault)
+                elif record:
+                    shares = " ".join(record.pop("shares", self.source.shares))
+                    record.setdefault("source", self.label)
+                    line = line_of(record)
+                if fault or record:
+                    self.db.execute("INSERT INTO rows VALUES (?, ?, ?, ?)", (number, key, shares, line))
+                    yield number, key, shares
                 if number % 5000 == 0:
-                    self.save()
+                    self.db.commit()
                     bar.set_postfix_str(f"{self.source.name}: row {number:,}")
-                if kept:
-                    key, shares, _, place, fault = kept
-                    yield number, key, shares, place, fault
-        self.complete = True
-        self.save()
-
-    def convert(self, place: str, row: dict | None, fault: str) -> tuple[int, str, str, str, str] | None:
-        """(key, shares, line, place, fault) of one row of the stream, or None if it is of no use."""
-        try:
-            if fault:
-                raise ValueError(fault)
-            converted = self.source.convert(row)
-            if converted is None:
-                return None
-            shares, record = converted
-            record.setdefault("source", self.label)
-            return key_of(record, self.seed), " ".join(shares), line_of(record), "", ""
-        except (ValueError, RecursionError) as error:
-            reason = str(error) or type(error).__name__
-            return 0, "", "", *(text.encode("utf-8", "replace").decode() for text in (place, reason))
-
-    def save(self) -> None:
-        """Keep what was converted, even if the next moment kills the process."""
-        self.db.execute("UPDATE progress SET number = ?, complete = ?", (self.number, self.complete))
+        self.db.execute("PRAGMA user_version=1")
         self.db.commit()
-
-    def close(self) -> None:
-        with suppress(sqlite3.Error):  # what went wrong was said before
-            self.save()
-        self.db.close()
 
     def line(self, number: int) -> str:
         return self.db.execute("SELECT line FROM rows WHERE number = ?", (number,)).fetchone()[0]
+
+    def close(self) -> None:
+        with suppress(sqlite3.Error):  # what went wrong was said before
+            self.db.commit()
+        self.db.close()
 
 
 # Same in: data_integration.py, data_set_generation.py
@@ -762,11 +772,13 @@ class Mix:
     duplicates, and reading it in the order of the keys is the shuffle.
     """
 
-    def __init__(self, parts: dict[str, Part], feeds: dict[str, list[str]], ratios: dict[str, float], strict: bool):
-        self.parts, self.feeds, self.ratios, self.strict = parts, feeds, ratios, strict
+    def __init__(self, parts: dict[str, Part], ratios: dict[str, float], strict: bool):
+        self.parts, self.ratios, self.strict = parts, ratios, strict
+        # the sources of each share, in the order in which they are used up
+        self.feeds = {share: [name for name in parts if share in parts[name].source.shares] for share in ratios}
         self.read = dict.fromkeys(parts, 0)  # how far into each stream this mix came
         self.counts = Counter()  # (share, source, "found" | "rejected" | "duplicate" | "written") -> rows
-        self.fill_of = dict.fromkeys(ratios, 0)  # rows found for each share
+        self.found_for = dict.fromkeys(ratios, 0)  # share -> rows
         self.db = sqlite3.connect("", isolation_level=None)  # "": a private file that SQLite deletes
         self.db.execute("PRAGMA cache_size=-65536")  # 64 MiB
         self.db.execute("CREATE TABLE chosen (key INTEGER PRIMARY KEY, source, number)")
@@ -777,14 +789,14 @@ class Mix:
     def take(self, total: int, bar: tqdm) -> int:
         """Choose up to `total` rows by the ratios. What one share lacks, those that have more give by their ratios."""
         self.streams = {name: part.rows(bar) for name, part in self.parts.items()}
-        taken, able = 0, dict(self.ratios)
+        taken, have_more = 0, dict(self.ratios)
         try:
-            while taken < total and able:
-                missing, weight = total - taken, sum(able.values())
-                for share, ratio in list(able.items()):
+            while taken < total and have_more:
+                missing, weight = total - taken, sum(have_more.values())
+                for share, ratio in list(have_more.items()):
                     for _ in range(min(total - taken, max(1, int(missing * ratio / weight)))):
                         if not self.choose(share):
-                            del able[share]
+                            del have_more[share]
                             break
                         taken += 1
                         bar.update()
@@ -805,23 +817,23 @@ class Mix:
 
     def candidate(self, share: str) -> tuple[str, int, int] | None:
         """(source, number, key) of the next row for a share, chosen before or not."""
-        row = self.db.execute(
-            "SELECT id, source, number, key FROM waiting WHERE share = ? ORDER BY id LIMIT 1", (share,)
-        ).fetchone()
+        query = "SELECT id, source, number, key FROM waiting WHERE share = ? ORDER BY id LIMIT 1"
+        row = self.db.execute(query, (share,)).fetchone()
         if row:
             self.db.execute("DELETE FROM waiting WHERE id = ?", row[:1])
             return row[1:]
         for source in self.feeds[share]:
-            for number, key, shares, place, fault in self.streams[source]:
+            for number, key, shares in self.streams[source]:
                 self.read[source] = number
-                if fault:
+                if not shares:
                     if self.strict:
-                        raise UserError(f"{place}: {fault}. Mend the row or leave out --strict.")
+                        file, line, reason = json.loads(self.parts[source].line(number)).values()
+                        raise UserError(f"{file}:{line}: {reason}. Mend the row or leave out --strict.")
                     self.counts[share, source, "rejected"] += 1
                     continue
                 # a row that fits several shares goes to the scarcest: the one found least for what it asks
-                home = min(shares.split(), key=lambda name: self.fill_of[name] / self.ratios[name])
-                self.fill_of[home] += 1
+                home = min(shares.split(), key=lambda name: self.found_for[name] / self.ratios[name])
+                self.found_for[home] += 1
                 self.counts[home, source, "found"] += 1
                 if home == share:
                     return source, number, key
@@ -833,11 +845,11 @@ class Mix:
         for source, number in self.db.execute("SELECT source, number FROM chosen ORDER BY key"):
             yield self.parts[source].line(number)
 
-    def rejected(self) -> Iterator[tuple[str, str]]:
-        """(place, reason) of each bad row that this mix came across."""
+    def rejected(self) -> Iterator[str]:
+        """The bad rows that this mix came across, as lines of the reject file."""
         for name, part in self.parts.items():
-            query = "SELECT place, fault FROM rows WHERE fault != '' AND number <= ? ORDER BY number"
-            yield from part.db.execute(query, (self.read[name],))
+            query = "SELECT line FROM rows WHERE shares = '' AND number <= ? ORDER BY number"
+            yield from (line for (line,) in part.db.execute(query, (self.read[name],)))
 
     def table(self, total: int) -> str:
         """What was asked, found, rejected, duplicate and written, for each share and source."""
@@ -853,14 +865,12 @@ class Mix:
 
 
 # Same in: data_integration.py, data_set_generation.py
-def write_rejected(rejected: Iterator[tuple[str, str]], output_file: Path) -> int:
-    """Write {"file", "line" (or "row"), "reason"} of each rejected row beside the output; returns their number."""
+def write_rejected(lines: Iterable[str], output_file: Path) -> int:
+    """Write the reject file beside the output, unless it would be empty; returns the number of its lines."""
     path, count = output_file.with_name(output_file.name + ".rejected.jsonl"), 0
     with replacing(path) as file:
-        for place, reason in rejected:
-            name, _, number = place.rpartition(":")
-            unit = "row" if name.endswith(".parquet") else "line"
-            file.write(line_of({"file": name, unit: int(number), "reason": reason}) + "\n")
+        for line in lines:
+            file.write(line + "\n")
             count += 1
     if not count:
         path.unlink()  # an empty one would look like a finding
@@ -882,25 +892,23 @@ def open_parts(sources: list[Source], config: Config) -> dict[str, Part]:
 
 
 # Same in: data_integration.py, data_set_generation.py
-def build(sources: list[Source], feeds: dict[str, list[str]], ratios: dict[str, float], config: Config) -> None:
-    """Make the mix: `feeds` names the sources of each share, in the order in which they are used up."""
+def build(sources: list[Source], ratios: dict[str, float], config: Config) -> None:
+    """Make the mix, write it and print its table. Raises UserError where a source or the output is at fault."""
     from tqdm import tqdm
 
-    needed, parts = {name for share in ratios for name in feeds[share]}, {}
+    parts = {}
     try:
-        parts = open_parts([source for source in sources if source.name in needed], config)
-        for part in parts.values():
-            for file in part.files or ():
-                if config.output_file.exists() and Path(file).exists() and config.output_file.samefile(file):
-                    raise UserError(f"{file} is a source. Pass another --output_file.")
-        mix = Mix(parts, feeds, ratios, config.strict)
+        parts = open_parts([source for source in sources if not ratios.keys().isdisjoint(source.shares)], config)
+        for file in (file for part in parts.values() for file in part.files):
+            if config.output_file.exists() and Path(file).exists() and config.output_file.samefile(file):
+                raise UserError(f"{file} is a source. Pass another --output_file.")
+        mix = Mix(parts, ratios, config.strict)
         with tqdm(total=config.total_samples, unit=" rows", smoothing=0.05) as bar:
             written = mix.take(config.total_samples, bar)
         rejected = write_rejected(mix.rejected(), config.output_file)
         if not written:
-            raise UserError(
-                "no good row in any source" + (f"; see {config.output_file}.rejected.jsonl" if rejected else "")
-            )
+            hint = f"; see {config.output_file}.rejected.jsonl" if rejected else ""
+            raise UserError("no good row in any source" + hint)
         with replacing(config.output_file) as file:
             file.writelines(line + "\n" for line in mix.lines())
     except sqlite3.Error as error:
@@ -924,20 +932,19 @@ def main(config: Config) -> None:
     domains = {domain: words for domain, words in keywords.items() if domain in ratios}
     matcher = KeywordMatcher(domains)
     sources = [
-        Source("my_reports", "my_report_data_path", lambda row: (("my_reports",), training_record(row))),
-        Source("orca", "orca_data_path", lambda row: (("orca",), training_record(row))),
-        Source("pubmed", "pubmed_data_path", lambda row: (("bio",), convert_pubmed(row))),
+        Source("my_reports", "my_report_data_path", ("my_reports",), training_record),
+        Source("orca", "orca_data_path", ("orca",), training_record),
+        Source("pubmed", "pubmed_data_path", ("bio",), convert_pubmed),
         Source(
             "stackexchange",
             "stackexchange_data_path",
+            ("bio", "ai", "ic"),
             lambda row: convert_stackexchange(row, matcher, config.min_score),
             settings=f"{config.min_score} {json.dumps(domains, ensure_ascii=False)}",
             first=SITES,
         ),
     ]
-    feeds = {"my_reports": ["my_reports"], "orca": ["orca"], "bio": ["pubmed", "stackexchange"]}
-    feeds |= {"ai": ["stackexchange"], "ic": ["stackexchange"]}
-    build(sources, feeds, ratios, config)
+    build(sources, ratios, config)
 
 
 if __name__ == "__main__":

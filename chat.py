@@ -362,7 +362,8 @@ def load_tokenizer(name: str, source: dict, run: dict) -> PreTrainedTokenizerBas
     from transformers import AutoTokenizer
 
     left = run.get("settings", {}).get("tokenizer_dir", "Qwen_finetuning_tokenizer")
-    for folder in (left, name) if os.path.isdir(name) else ():  # the model's own goes before the other
+    places = (left, name) if os.path.isdir(name) else ()
+    for folder in places:  # the last one counts: the model's own, where there is one
         if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
             source = {"pretrained_model_name_or_path": folder, "trust_remote_code": source["trust_remote_code"]}
     place = name if "gguf_file" in source else source["pretrained_model_name_or_path"]
@@ -498,7 +499,7 @@ class Conversation:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, system: str):
         self.model, self.tokenizer, self.config, self.system = model, tokenizer, config, system
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         self.room = context - config.max_new_tokens
         if self.room < 1:
             raise UserError(f"--max_new_tokens must be below {context}, which is all this model can read and write")

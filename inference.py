@@ -364,7 +364,8 @@ def load_tokenizer(name: str, source: dict, run: dict) -> PreTrainedTokenizerBas
     from transformers import AutoTokenizer
 
     left = run.get("settings", {}).get("tokenizer_dir", "Qwen_finetuning_tokenizer")
-    for folder in (left, name) if os.path.isdir(name) else ():  # the model's own goes before the other
+    places = (left, name) if os.path.isdir(name) else ()
+    for folder in places:  # the last one counts: the model's own, where there is one
         if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
             source = {"pretrained_model_name_or_path": folder, "trust_remote_code": source["trust_remote_code"]}
     place = name if "gguf_file" in source else source["pretrained_model_name_or_path"]
@@ -514,12 +515,10 @@ def main(config: Config) -> None:
         prompt = encode_prompt([*messages, {"role": "user", "content": question}], tokenizer)
     except ValueError as error:
         raise UserError(str(error)) from None
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - len(prompt)
-    if room < 1:
-        raise UserError(
-            f"the question takes {len(prompt)} tokens, {1 - room} more than this model can read; shorten it"
-        )
-    config.max_new_tokens = min(config.max_new_tokens, room)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if (over := len(prompt) + 1 - context) > 0:  # one more for an answer
+        raise UserError(f"the question takes {len(prompt)} tokens, {over} more than this model can read; shorten it")
+    config.max_new_tokens = min(config.max_new_tokens, context - len(prompt))
     torch.manual_seed(config.seed)
     input_ids = torch.tensor([prompt], device=model.device)
     started = time.monotonic()

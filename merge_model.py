@@ -278,17 +278,16 @@ def rows_to_measure(adapter: Path, run: dict) -> list[dict]:
 
     Raises UserError with file:line for one that can not be read.
     """
-    places = [adapter.parent / "held_out.jsonl", Path(run.get("held_out_file", ""))]  # the first also after a move
-    path = next((path for path in places if path.is_file()), None)
+    places = [adapter.parent / "held_out.jsonl", run.get("held_out_file", "")]  # the first also after a move
+    path = next(filter(os.path.isfile, places), None)
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:HELD_OUT_ROWS] if path else [], 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines()[:HELD_OUT_ROWS] if path else [], start=1):
         try:
             row = json.loads(line)
             rows.append({"input_ids": list(row["input_ids"]), "labels": list(row["labels"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}:{number}: no row of input_ids and labels ({error}); delete the file to merge without measuring"
-            ) from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            fault = f"no row of input_ids and labels ({error}); delete the file to merge without measuring"
+            raise UserError(f"{path}:{number}: {fault}") from None
     return rows
 
 

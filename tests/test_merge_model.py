@@ -253,9 +253,10 @@ def test_a_broken_adapter_gets_one_line(broken, file, change, words, tmp_path): 
     assert leftovers(tmp_path) == ["copy"]
 
 
-def test_a_held_out_row_that_can_not_be_read_is_named(broken, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("line", [b'{"input_ids": [1', b"\xff\xfe", b"[" * 5000, b"3"])
+def test_a_held_out_row_that_can_not_be_read_is_named(broken, line, tmp_path):  # noqa: F811
     adapter = broken("README.md", lambda data: data)
-    (tmp_path / "held_out.jsonl").write_text('{"input_ids": [1], "labels": [1]}\n{"input_ids": [1\n')
+    (tmp_path / "held_out.jsonl").write_bytes(b'{"input_ids": [1], "labels": [1]}\n' + line + b"\n")
     with pytest.raises(load_script("merge_model").UserError, match="held_out.jsonl:2: no row of input_ids and labels"):
         merge(adapter, tmp_path / "merged")
 

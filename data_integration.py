@@ -239,7 +239,7 @@ def files_of(path: str) -> list[str]:
         try:
             files = load_dataset_builder(hub_id, config or None).config.data_files["train"]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # the library raises all of them
-            raise UserError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+            raise UserError(f"{path}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
         files = [file for file in files if file.endswith(SUFFIXES)]
     if not files:
         raise UserError(f"{path}: no {', '.join(SUFFIXES)} file in it")
@@ -494,6 +494,7 @@ class Part:
         self.db.execute("BEGIN EXCLUSIVE")
         # a bad row has no shares, and its line is that of the reject file
         self.db.execute("CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, key, shares, line)")
+        # a killed build reads the stream again from its beginning, and converts what comes after the last of these rows
         self.last = self.db.execute("SELECT coalesce(max(number), 0) FROM rows").fetchone()[0]
         self.complete = self.db.execute("PRAGMA user_version").fetchone()[0]  # 1 when the stream was read to its end
         if not local and not self.last:

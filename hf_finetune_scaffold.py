@@ -232,7 +232,8 @@ def write_rank_errors(base: PreTrainedModel, tuned: PreTrainedModel, folder: Pat
             curves.setdefault(kind[1], []).append(rank_errors(weight.detach() - before[name].to(weight.device)))
     axes, figures = Figure(figsize=(8, 5)).subplots(), {}
     for kind, layers in curves.items():
-        low, median, high = ([f(errors) for errors in zip(*layers, strict=True)] for f in (min, statistics.median, max))
+        of_rank = list(zip(*layers, strict=True))  # for each rank the errors of all layers
+        low, median, high = (list(map(f, of_rank)) for f in (min, statistics.median, max))
         figures[kind] = {"layers": len(layers), "lowest": low, "median": median, "highest": high}
         axes.fill_between(RANKS, low, high, alpha=0.15)
         axes.plot(RANKS, median, label=kind)
@@ -268,7 +269,10 @@ def main(config: CliConfig) -> None:
         per_device_eval_batch_size=config.batch_size,
         num_train_epochs=config.num_train_epochs,
         include_num_input_tokens_seen="all",  # padding too: what --dynamic_padding saves
-        **device_settings() | {"logging_steps": 1, "save_strategy": "epoch", "report_to": "none"},
+        logging_steps=1,
+        save_strategy="epoch",
+        report_to="none",
+        **device_settings(),
     )
     pad = DataCollatorForSeq2Seq(tokenizer)  # pads to the longest of a batch, labels with -100
     trainer = Trainer(model, args, pad, train, test, processing_class=tokenizer)

@@ -17,6 +17,8 @@ Merging into 4-bit layers would round once more and is not offered.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import hashlib
 import json
 import math
@@ -24,7 +26,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, get_args, get_type_hints
@@ -294,6 +296,24 @@ def rows_to_measure(adapter: Path, run: dict) -> list[dict]:
 # --------------------------------------------------------------------------------------- the merge
 
 
+# Same in: merge_model.py, qwen_finetuning.py
+@contextmanager
+def reading_in_pieces() -> Iterator[None]:
+    """Have transformers read each weight from its file when its turn comes, as it does on Windows.
+
+    Elsewhere it maps the files into memory, where all 16-bit weights stay until the last layer is quantised: for a
+    model of Qwen2.5-7B's shape 17.9 GB at the peak, against 6.7 GB this way (`benchmarks/bench_memory.py`).
+    """
+    from transformers import modeling_utils
+
+    mapping = modeling_utils.safe_open
+    modeling_utils.safe_open = lambda file, **options: mapping(file, **options | {"backend": "pread"})
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapping
+
+
 class Merge:
     """Loads the base model as often as it takes: 4-bit, dequantised or as it is, with the adapter beside or in it."""
 
@@ -308,8 +328,9 @@ class Merge:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+        gc.collect()  # the model before this one; PEFT's and the hooks' references go in circles
         dtype, quantization = "auto", None
-        with explaining("base model", self.base):
+        with explaining("base model", self.base), reading_in_pieces():
             if base_weights != "original":
                 dtype = self.dtype
                 quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
@@ -350,7 +371,14 @@ class Merge:
 
 
 def run_in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a 16-bit model compute in float32 without holding a float32 copy: each layer is wide only while it runs."""
+    """Let a 16-bit model compute in float32 without holding a float32 copy.
+
+    Each layer is wide only while it runs. The vocabulary's two matrices, the largest of all, never are: what is looked
+    up is widened, and the output head works in slices.
+    """
+    import torch
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     stored = {parameter: parameter.dtype for parameter in model.parameters()}
 
     def widen(module, args):
@@ -361,9 +389,18 @@ def run_in_float32(model: PreTrainedModel) -> PreTrainedModel:
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(stored[parameter])
 
+    def score(hidden):
+        parts = [torch.nn.functional.linear(hidden, rows.float()) for rows in head.weight.split(8192)]
+        return torch.cat(parts, dim=-1) + (0 if head.bias is None else head.bias.float())
+
+    sliced = type(head) is torch.nn.Linear  # and no adapter on it
+    if sliced:
+        head.forward = score
+    embedding.register_forward_hook(lambda module, args, output: output.float())
     for module in model.modules():
-        module.register_forward_pre_hook(widen)
-        module.register_forward_hook(narrow)
+        if module is not embedding and not (sliced and module is head):
+            module.register_forward_pre_hook(widen)
+            module.register_forward_hook(narrow)
     return model
 
 
@@ -388,15 +425,17 @@ def compare(reference: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
     >>> compare(logits, logits)  # doctest: +SKIP
     {'largest_logit_difference': 0.0, 'mean_kl': 0.0, 'same_top_token': 1.0}
     """
-    p, q = reference.double().log_softmax(-1), found.double().log_softmax(-1)
-    return {
-        "largest_logit_difference": (reference - found).abs().max().item(),
-        "mean_kl": max((p.exp() * (p - q)).sum(-1).mean().item(), 0.0),
-        "same_top_token": (reference.argmax(-1) == found.argmax(-1)).double().mean().item(),
-    }
+    largest, divergence, same = 0.0, 0.0, 0
+    for one, other in zip(reference.split(32), found.split(32), strict=True):  # float64 takes room
+        p, q = one.double().log_softmax(-1), other.double().log_softmax(-1)
+        largest = max(largest, (one - other).abs().max().item())
+        divergence += (p.exp() * (p - q)).sum().item()
+        same += (one.argmax(-1) == other.argmax(-1)).sum().item()
+    positions = len(reference)
+    mean_kl = max(divergence / positions, 0.0)
+    return {"largest_logit_difference": largest, "mean_kl": mean_kl, "same_top_token": same / positions}
 
 
-# Same in: evaluate.py, merge_model.py, qwen_finetuning.py
 def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: int = 2048) -> float:
     """Mean of -log p over all supervised tokens of all rows, in nats per token; NaN without rows.
 
@@ -429,9 +468,19 @@ def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: 
     return total / count if count else math.nan
 
 
+def return_freed_memory() -> None:
+    """Have glibc hand back each block above 1 MiB when it is freed.
+
+    By default it learns to keep blocks of up to 32 MiB for later, and several models in a row leave gigabytes behind.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # -3 is M_MMAP_THRESHOLD
+
+
 def is_finite(model: PreTrainedModel) -> bool:
     """Whether all weights are numbers: float16 ends at 65504, and a training that went astray leaves NaN."""
-    return all(parameter.isfinite().all() for parameter in model.parameters())
+    parts = (part for parameter in model.parameters() for part in parameter.detach().flatten().split(2**24))
+    return all(part.isfinite().all() for part in parts)  # of a whole matrix it would make several copies
 
 
 def measured(model: PreTrainedModel, base_weights: str, dtype: str, rows: list[dict]) -> dict:
@@ -476,6 +525,7 @@ def verify(merge: Merge, folder: Path, base_weights: str, dtype: str, tokenizer)
     from transformers import AutoModelForCausalLM
 
     reference = logits_on_prompts(run_in_float32(merge.with_adapter(base_weights)), tokenizer)
+    gc.collect()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=merge.trust_remote_code)
     found = compare(reference, logits_on_prompts(model, tokenizer))
     print(
@@ -558,6 +608,7 @@ def main(config: Config) -> None:
     run = read_run(config.adapter)
     rows = rows_to_measure(config.adapter, run)
     quiet_libraries()
+    return_freed_memory()
     from transformers import AutoTokenizer
 
     merge, trained = Merge(config, run), run.get("chat_template", {})

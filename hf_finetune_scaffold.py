@@ -269,10 +269,7 @@ def main(config: CliConfig) -> None:
         per_device_eval_batch_size=config.batch_size,
         num_train_epochs=config.num_train_epochs,
         include_num_input_tokens_seen="all",  # padding too: what --dynamic_padding saves
-        logging_steps=1,
-        save_strategy="epoch",
-        report_to="none",
-        **device_settings(),
+        **device_settings() | {"logging_steps": 1, "save_strategy": "epoch", "report_to": "none"},
     )
     pad = DataCollatorForSeq2Seq(tokenizer)  # pads to the longest of a batch, labels with -100
     trainer = Trainer(model, args, pad, train, test, processing_class=tokenizer)

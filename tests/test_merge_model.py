@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import build_adapter, build_model, load_script, run_script
+from conftest import ROOT, build_adapter, build_model, load_script, run_script
 from test_inference import broken, demo, json_change  # noqa: F401  fixtures of the same adapters
 
 
@@ -291,3 +294,15 @@ def test_the_merged_demo_loses_nothing(demo, tmp_path, monkeypatch):  # noqa: F8
     assert len(rows) == run["ledger"]["eval"]
     assert abs(loss - found["measured"][0]["loss"]) < 0.02
     assert abs(loss - run["result"]["loss_after"]) < 0.02
+
+
+@pytest.mark.slow
+def test_loading_in_4_bit_and_merging_keep_to_their_memory(tiny_qwen2, tmp_path):
+    """A model of Qwen2.5-7B's shape is loaded, one of Qwen2.5-1.5B's trained for a step and merged."""
+    if shutil.disk_usage(tmp_path).free < 25e9:
+        pytest.skip("needs 25 GB of disk")
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_memory.py"), "--tokenizer", str(tiny_qwen2)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.count("limit") == 2, done.stdout + done.stderr

@@ -18,7 +18,7 @@ qwen = load_script("qwen_finetuning")
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 REFERENCE = ROOT / "configs" / "finetune_reference.yaml"
 # Qwen2.5-7B: 7.6 billion weights, 6.5 of them in linear layers; adapter of rank 16
-SHAPE_7B = (6_525_288_448, 1_090_000_000, 40_370_176, 67_895_296, 28, 3584, 18944, 152_064)
+SHAPE_7B = (6_525_288_448, 1_090_000_000, 40_370_176, 67_895_296, 28, 28, 3584, 18944, 152_064)
 
 
 def settings_of(*flags) -> dict:

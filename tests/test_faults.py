@@ -227,7 +227,7 @@ def test_memory_that_runs_out_in_training_ends_with_the_remedies(ready, tiny_qwe
 
 def test_room_for_the_checkpoints_in_figures():
     # Qwen2.5-7B, rank 16: 40.4 million adapter weights, 152,064 tokens
-    shape = qwen.ModelShape(6_525_288_448, 1_090_000_000, 40_370_176, 67_895_296, 28, 3584, 18944, 152_064)
+    shape = qwen.ModelShape(6_525_288_448, 1_090_000_000, 40_370_176, 67_895_296, 28, 28, 3584, 18944, 152_064)
     device = qwen.device_policy("cuda", True, False, True)
     config = qwen.FinetuneConfig()
     adapter, states = 2 * 40_370_176 + 15_206_400, 2 * 40_370_176

@@ -332,7 +332,7 @@ def test_neftune_scales_its_noise_by_each_rows_own_length(tiny_qwen2):
 
 
 def test_the_loss_on_a_cpu_is_the_one_that_trl_computes(tmp_path, tiny_qwen2):
-    """Same value and same gradients in float32, alone and in a step of several forwards."""
+    """Same value and same gradients in float32, alone and in a step of several forwards, with either attention."""
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -349,7 +349,8 @@ def test_the_loss_on_a_cpu_is_the_one_that_trl_computes(tmp_path, tiny_qwen2):
             torch.nn.init.normal_(parameter, std=0.1)
     batch = trainer.data_collator([rows[i] for i in range(3)])
     found = []
-    for compute in (type(trainer).compute_loss, SFTTrainer.compute_loss):
+    for compute, attention in ((type(trainer).compute_loss, "eager"), (SFTTrainer.compute_loss, "sdpa")):
+        trainer.model.get_base_model().set_attn_implementation(attention)
         for count in (None, torch.tensor(50)):
             trainer.model.zero_grad()
             loss = compute(trainer, trainer.model, dict(batch), num_items_in_batch=count)
@@ -435,6 +436,12 @@ def test_each_process_takes_its_own_gpu():
     assert qwen.device_policy("cuda", True, True, False, dtype="float32").attention == "sdpa"
 
 
+def test_attention_by_plain_products_is_for_short_rows_on_a_cpu():
+    cpu, cuda = (qwen.device_policy(kind, True, False, True) for kind in ("cpu", "cuda"))
+    assert qwen.for_short_rows(cpu, 1024).attention == "eager" and qwen.for_short_rows(cpu, 1025).attention == "sdpa"
+    assert qwen.for_short_rows(cuda, 100) == cuda
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "wanted"),
     [
@@ -454,7 +461,7 @@ def test_the_optimiser_is_one_that_the_device_has(kind, settings, wanted):
 
 def test_a_model_that_does_not_fit_is_refused_with_figures():
     # Qwen2.5-7B: 7.6 billion weights, 6.5 of them in linear layers; adapter of rank 16
-    shape = qwen.ModelShape(6_525_288_448, 1_090_000_000, 40_370_176, 67_895_296, 28, 3584, 18944, 152_064)
+    shape = qwen.ModelShape(6_525_288_448, 1_090_000_000, 40_370_176, 67_895_296, 28, 28, 3584, 18944, 152_064)
     config = qwen.FinetuneConfig()
     four_bit = qwen.device_policy("cuda", True, False, True)
     plain = qwen.device_policy("cuda", True, False, False)
@@ -542,7 +549,7 @@ def test_dry_run_reads_no_weights(tmp_path, tiny_qwen2, monkeypatch, capsys):
     run_here(monkeypatch, tmp_path, model, "--dry_run")
     printed = capsys.readouterr().out
     assert "[[It costs" in printed and "3 optimiser steps an epoch, 9 in all" in printed
-    assert "cpu, " in printed and ", sdpa attention, plain loss at labels, adamw_torch" in printed
+    assert "cpu, " in printed and ", eager attention, plain loss at labels, adamw_torch" in printed
     assert "memory, estimated" in printed and not (tmp_path / "outputs").exists()
 
 

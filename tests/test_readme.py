@@ -96,6 +96,7 @@ def shape(name: str, r: int = 16):
         adapter=layers * r * sum(a + b for a, b in matrices),
         largest=hidden * intermediate,
         layers=layers,
+        heads=q // 64,
         hidden=hidden,
         intermediate=intermediate,
         vocabulary=vocabulary,

@@ -998,7 +998,7 @@ def estimate_memory(shape: ModelShape, config: FinetuneConfig, device: Device, t
     Activations: what a decoder layer keeps for the backward pass, about 16 hidden and 5 intermediate widths a token.
     Loss: half of all positions labelled is a generous share. On a GPU they are scored in chunks; on a CPU at once, with
     16 bytes for each logit (two types, softmax, gradients), and there the libraries take 1 GB of the same memory.
-    Measured on a CPU with a 135M model: 3,793 tokens 6.9 GB estimated, 7.4 seen; 505 tokens 2.4 and 2.6.
+    Measured on a CPU with a 135M model: 3,793 tokens 6.9 GB estimated, 7.4 seen; 505 tokens 2.8 and 2.5.
     """
     size = 4 if device.dtype == "float32" else 2
     four_bit = 0.5 + 1 / 64 + 4 / (64 * 256)

@@ -436,6 +436,7 @@ def compare(reference: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
     return {"largest_logit_difference": largest, "mean_kl": mean_kl, "same_top_token": same / positions}
 
 
+# Same in: evaluate.py, merge_model.py, qwen_finetuning.py
 def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: int = 2048) -> float:
     """Mean of -log p over all supervised tokens of all rows, in nats per token; NaN without rows.
 

@@ -280,7 +280,7 @@ def explaining(what: str, name: str) -> Iterator[None]:
             "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated model, "
             "log in with 'hf auth login'; or pass a local folder"
         )
-        mend = "" if Path(name).exists() else mend
+        mend = "" if os.path.exists(name) else mend  # unlike Path.exists it answers for every text, however long
         if "trust_remote_code" in str(error):  # the library's own text is long, and asks to visit the hub
             reason, mend = "it brings Python code of its own; read it, and pass --trust_remote_code to run it", ""
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error

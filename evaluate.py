@@ -257,7 +257,7 @@ def explaining(what: str, name: str) -> Iterator[None]:
             "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated model, "
             "log in with 'hf auth login'; or pass a local folder"
         )
-        mend = "" if Path(name).exists() else mend
+        mend = "" if os.path.exists(name) else mend  # unlike Path.exists it answers for every text, however long
         if "trust_remote_code" in str(error):  # the library's own text is long, and asks to visit the hub
             reason, mend = "it brings Python code of its own; read it, and pass --trust_remote_code to run it", ""
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
@@ -952,9 +952,9 @@ def answer_all(model, tokenizer, rows: list[dict], config: Config, earlier: dict
     sides = {"": nullcontext} | ({"base_": model.disable_adapter} if config.compare_base else {})
     predictions, tokens, started = dict(earlier), 0, time.monotonic()
     # similar lengths together, so that little is padded; the longest first, so that a lack of memory shows at once
-    todo = sorted((i for i in range(len(rows)) if i not in earlier), key=lambda i: -len(rows[i]["prompt_ids"]))
-    for start in tqdm(range(0, len(todo), config.batch_size), desc="answers", unit="batch"):
-        batch = todo[start : start + config.batch_size]
+    unanswered = sorted((i for i in range(len(rows)) if i not in earlier), key=lambda i: -len(rows[i]["prompt_ids"]))
+    for start in tqdm(range(0, len(unanswered), config.batch_size), desc="answers", unit="batch"):
+        batch = unanswered[start : start + config.batch_size]
         made = [{"index": i} | {key: rows[i][key] for key in ("instruction", "input", "reference")} for i in batch]
         for prefix, side in sides.items():
             try:
@@ -970,9 +970,9 @@ def answer_all(model, tokenizer, rows: list[dict], config: Config, earlier: dict
         file.write(json_lines(made))
         file.flush()
         predictions |= {row["index"]: row for row in made}
-    if todo:
+    if unanswered:
         seconds = time.monotonic() - started
-        say(f"{len(todo)} prompts answered in {seconds:.0f} s, {tokens / seconds:.1f} tokens/s")
+        say(f"{len(unanswered)} prompts answered in {seconds:.0f} s, {tokens / seconds:.1f} tokens/s")
     return [predictions[i] for i in range(len(rows))]
 
 

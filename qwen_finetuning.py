@@ -65,6 +65,7 @@ DEMO_QUESTIONS = (  # in no training row
     "Which planet do we live on?",
 )
 GO_BACK = "The checkpoints before it are whole: lower --learning_rate, or mend the rows and train anew"
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 # One fixed conversation; its token ids are part of the fingerprint that training and inference compare.
 PROBE = [
     {"role": "user", "content": "你好, 1+1=?"},
@@ -421,7 +422,7 @@ def explaining(what: str, name: str) -> Iterator[None]:
             "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated model, "
             "log in with 'hf auth login'; or pass a local folder"
         )
-        mend = "" if Path(name).exists() else mend
+        mend = "" if os.path.exists(name) else mend  # unlike Path.exists it answers for every text, however long
         if "trust_remote_code" in str(error):  # the library's own text is long, and asks to visit the hub
             reason, mend = "it brings Python code of its own; read it, and pass --trust_remote_code to run it", ""
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
@@ -797,16 +798,16 @@ def prepare_data(
     return train, held_out, book, digests
 
 
-def prepared_data(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> tuple:
+def prepared_data(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, sha256: str) -> tuple:
     """What `prepare_data` gives, from the cache of the datasets library (HF_DATASETS_CACHE) where it lies there.
 
-    One process of each machine prepares it; the others, and later runs with the same dataset file, tokenizer and data
-    settings, read it.
+    One process of each machine prepares it; the others, and later runs with the same dataset file (its `sha256`),
+    tokenizer and data settings, read it.
     """
     import datasets
     from datasets.fingerprint import Hasher
 
-    settings, sha256 = [getattr(config, name) for name in DATA_SETTINGS], sha256_of(Path(config.dataset_path))
+    settings = [getattr(config, name) for name in DATA_SETTINGS]
     machine = "" if sha256 else os.environ.get("GROUP_RANK")  # a hub dataset is read anew, by each machine for itself
     key = Hasher.hash((Path(__file__).read_bytes(), tokenizer, library_versions(), settings, sha256, machine))
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "qwen_finetuning" / key
@@ -1115,9 +1116,7 @@ def load_model(config: FinetuneConfig, device: Device) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = getattr(torch, device.dtype)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+    quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
     with explaining("model", config.model_name), reading_in_pieces():
         model = AutoModelForCausalLM.from_pretrained(
             **model_files(config.model_name),
@@ -1364,7 +1363,7 @@ def checked_trainer(**parts) -> SFTTrainer:
             check_finite(model)
             try:
                 super()._save_checkpoint(model, trial)
-            except BaseException:
+            except BaseException:  # Ctrl-C and SIGTERM too; it goes on, only the half folder does not stay
                 folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
                 if is_main_process() and not is_whole(folder):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -1725,15 +1724,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def run_record(config: FinetuneConfig, tokenizer, model_config, ledger: dict, held_out: list[str]) -> dict:
+def run_record(config: FinetuneConfig, tokenizer, model_config, sha256: str, ledger: dict, held_out: list[str]) -> dict:
     """What `finetune_config.json` holds: everything the other scripts, or a person next year, must know of a run."""
-    dataset = {"path": config.dataset_path, "rows": ledger["rows_read"], "sha256": sha256_of(Path(config.dataset_path))}
     return {
         "base_model": config.model_name,
         "base_revision": getattr(model_config, "_commit_hash", None),
         "system_prompt": config.system_prompt,
         "max_seq_length": config.max_seq_length,
-        "dataset": dataset,
+        "dataset": {"path": config.dataset_path, "rows": ledger["rows_read"], "sha256": sha256},
         "split": {"eval_ratio": config.eval_ratio, "split_seed": config.split_seed},
         "held_out": held_out,
         "held_out_file": str(config.output_dir / "held_out.jsonl"),
@@ -1796,12 +1794,13 @@ def main(config: FinetuneConfig) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
-    train, held_out, ledger, digests = prepared_data(config, tokenizer)
+    sha256 = sha256_of(Path(config.dataset_path))
+    train, held_out, ledger, digests = prepared_data(config, tokenizer, sha256)
     if is_main_process():
         print(f"{config.dataset_path}:")
         show_ledger(ledger)
         print(f"\nthe first training example ({train[0]['where']}):\n{preview(train[0], tokenizer)}\n", flush=True)
-    run = run_record(config, tokenizer, model_config, ledger, digests)
+    run = run_record(config, tokenizer, model_config, sha256, ledger, digests)
     train_and_save(config, tokenizer, model_config, train, held_out, run, started)
 
 
@@ -1884,10 +1883,10 @@ def train_adapter(config, tokenizer, device: Device, train, rows, held_out, targ
         raise UserError("--deepspeed: the engine is not at work in this run; leave it out for plain data parallelism")
     start_tracking(config, run)
     judged = list(held_out) if held_out is not None and (is_main_process() or config.deepspeed) else []
-    before = held_out_loss(trainer.model, judged)
+    before = held_out_loss(trainer.model, judged, tokens_per_forward=1024)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     check_finite(trainer.model)
-    after = held_out_loss(trainer.model, judged)
+    after = held_out_loss(trainer.model, judged, tokens_per_forward=1024)
     if not is_main_process():
         return
     run["result"] = {"loss_before": before, "loss_after": after, "best_checkpoint": trainer.state.best_model_checkpoint}

@@ -155,7 +155,7 @@ def build_adapter(base: Path, folder: Path, four_bit: bool = False, targets: str
         for question in questions
     ]
     write_jsonl(folder.parent / "held_out.jsonl", [training.encode_conversation(talk, tokenizer) for talk in talks])
-    run = training.run_record(config, tokenizer, model.config, {"rows_read": 40}, [])
+    run = training.run_record(config, tokenizer, model.config, "", {"rows_read": 40}, [])
     (folder / "finetune_config.json").write_text(json.dumps(run, ensure_ascii=False), encoding="utf-8")
     return folder
 

@@ -12,7 +12,7 @@ from conftest import ROOT, load_script
 SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
 # Each script's own, by design: the entry points, and the names the lessons are documented with.
 OWN = {"main", "parse_args", "Config", "load_dataset", "format_example", "tokenize_dataset", "tokenize"}
-OWN |= {"build_dataset", "run_training", "CliConfig", "FinetuneConfig"}
+OWN |= {"build_dataset", "run_training", "CliConfig", "FinetuneConfig", "TOTAL_SAMPLES", "RATIOS"}
 
 
 def helpers() -> dict[str, dict[str, tuple[str, str]]]:
@@ -59,6 +59,19 @@ def test_helpers_of_one_name_are_the_same_in_every_script():
             if named != set(copies):
                 faults.append(f"{script}: above {name} stands 'Same in: {mark}', it is in {', '.join(copies)}")
     assert not faults, "\n".join(faults)
+
+
+def test_constants_of_one_name_are_the_same_in_every_script():
+    """PROBE decides a fingerprint and NF4 the weights: training and use must not drift apart there either."""
+    found = {}
+    for path in SCRIPTS:
+        text = path.read_text(encoding="utf-8")
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                found.setdefault(node.targets[0].id, {})[path.name] = ast.unparse(node.value)
+    shared = {name: copies for name, copies in found.items() if len(copies) > 1 and name not in OWN}
+    assert {"PROBE", "NF4"} <= set(shared)
+    assert [name for name, copies in shared.items() if len(set(copies.values())) > 1] == []
 
 
 @pytest.mark.parametrize("script", [path.stem for path in SCRIPTS if ">>>" in path.read_text(encoding="utf-8")])

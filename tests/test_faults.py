@@ -563,6 +563,12 @@ def started(cwd: Path, script: str, *args) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+def test_what_can_not_be_loaded_gets_a_line_however_long_its_name():
+    with pytest.raises(qwen.UserError, match="metric x+ can not be loaded: refused; if it is on the hub"):
+        with qwen.explaining("metric", "x" * 5000):
+            raise OSError("refused")
+
+
 @pytest.mark.slow
 def test_twenty_kills_do_not_change_a_bit(tmp_path, tiny_qwen2):
     """A checkpoint each step, so that most kills fall into a save; the noise of NEFTune is on."""

@@ -250,9 +250,8 @@ def test_what_was_prepared_is_read_again_until_something_changes(tmp_path, monke
     monkeypatch.setattr(qwen, "prepare_data", lambda *args: prepared.append(args) or work(*args))
 
     def rows_of(**settings) -> list:
-        train, held_out, ledger, digests = qwen.prepared_data(
-            qwen.FinetuneConfig(dataset_path=str(data), **settings), tokenizer
-        )
+        config = qwen.FinetuneConfig(dataset_path=str(data), **settings)
+        train, held_out, ledger, digests = qwen.prepared_data(config, tokenizer, qwen.sha256_of(data))
         return [train.to_list(), held_out.to_list(), ledger, digests]
 
     first = rows_of()

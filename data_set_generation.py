@@ -476,10 +476,12 @@ def convert_stackexchange(row: dict, matcher: KeywordMatcher, min_score: int) ->
     domains = matcher.domains(TAG.sub(" ", question + " " + best["text"]))
     if not domains:
         return None
-    links = row.get("metadata")  # of the question, the site and the asker
-    address = links[0] if isinstance(links, list) and links else "no address"
-    author = " ".join(str(text) for text in (best.get("author"), best.get("author_profile")) if text)
-    source = f"HuggingFaceH4/stack-exchange-preferences {address} answer by {author or 'unknown'}, CC BY-SA"
+    metadata = row.get("metadata")  # addresses of the question, the site and the asker
+    links = [link for link in metadata if isinstance(link, str)] if isinstance(metadata, list) else []
+    who = [best.get("author"), best.get("author_profile")]
+    author = " ".join(text for text in who if isinstance(text, str) and text)
+    credit = f"{links[0] if links else 'no address'} answer by {author or 'unknown'}, CC BY-SA"
+    source = f"HuggingFaceH4/stack-exchange-preferences {credit}"
     question, answer = markdown_of(question), markdown_of(best["text"])
     return {"instruction": question, "input": "", "output": answer, "source": source, "shares": domains}
 

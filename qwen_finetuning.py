@@ -1077,6 +1077,12 @@ def explaining_shortage(remedies: str, folder: Path) -> Iterator[None]:
         raise
 
 
+def room_for(output_dir: Path) -> int:
+    """Bytes free on the disk of a folder that may not exist yet; an earlier run's checkpoints count as free."""
+    place = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    return shutil.disk_usage(place).free + sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/*"))
+
+
 def free_memory(device: Device) -> int:
     """Bytes free on the device."""
     if device.kind == "cuda":
@@ -1801,10 +1807,10 @@ def main(config: FinetuneConfig) -> None:
         show_ledger(ledger)
         print(f"\nthe first training example ({train[0]['where']}):\n{preview(train[0], tokenizer)}\n", flush=True)
     run = run_record(config, tokenizer, model_config, sha256, ledger, digests)
-    train_and_save(config, tokenizer, model_config, train, held_out, run, started)
+    plan_and_train(config, tokenizer, model_config, train, held_out, run, started)
 
 
-def train_and_save(config, tokenizer, model_config, train, held_out, run: dict, started: float) -> None:
+def plan_and_train(config, tokenizer, model_config, train, held_out, run: dict, started: float) -> None:
     """See whether the run fits this machine and say what it will do; then, but for a dry run, train."""
     rows = train
     if config.packing:
@@ -1834,15 +1840,12 @@ def train_and_save(config, tokenizer, model_config, train, held_out, run: dict, 
         )
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in need.items())
         print(f"memory, estimated: {sum(need.values()) / 1e9:.1f} GB of {free / 1e9:.1f} GB free ({parts})", flush=True)
-    surplus = len(train) % (config.per_device_train_batch_size * process_count())
-    if process_count() > 1 and surplus:
-        repeated = config.per_device_train_batch_size * process_count() - surplus
+    repeated = -len(train) % (config.per_device_train_batch_size * process_count())
+    if process_count() > 1 and repeated:  # accelerate fills the last step of each process
         say(f"the rows do not divide among the processes: {repeated} of them come twice in an epoch's last step")
     saves = 0 if config.save_strategy == "no" else max(steps // min(config.save_steps, per_epoch), 1)
-    place = next(folder for folder in (config.output_dir, *config.output_dir.absolute().parents) if folder.exists())
-    room = shutil.disk_usage(place).free + sum(f.stat().st_size for f in config.output_dir.glob("checkpoint-*/*"))
     fault = memory_fault(sum(need.values()), free, device, config.model_name)
-    fault = fault or disk_fault(shape, config, device, saves, room)
+    fault = fault or disk_fault(shape, config, device, saves, room_for(config.output_dir))
     if config.deepspeed and device.kind != "cuda":
         # accelerate 1.15 has no CPU backend for it: it would train plain DDP, in silence
         fault = f"--deepspeed works on CUDA GPUs only, and this run is on {device.kind}; leave it out"

@@ -361,7 +361,7 @@ def test_the_loss_on_a_cpu_is_the_one_that_trl_computes(tmp_path, tiny_qwen2):
 
 
 def four_bit_trainer(tmp_path: Path, tiny_qwen2: Path):
-    """A trainer of a 4-bit model over a few rows, as `train_and_save` builds it."""
+    """A trainer of a 4-bit model over a few rows, as `plan_and_train` builds it."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 

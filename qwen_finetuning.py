@@ -1611,9 +1611,11 @@ def answer(model, tokenizer, question: str, system_prompt: str) -> str:
 
 def show_demo_answers(model, tokenizer, config: FinetuneConfig) -> None:
     """Ask base and tuned model the same questions, print the answers one under the other."""
-    for module in model.modules():  # training is over: the packed 4-bit layout is the fast one to generate with
+    from bitsandbytes.functional import has_avx512bf16
+
+    for module in model.modules():  # training is over: where the CPU has it, the packed 4-bit layout generates faster
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = True
+            module.support_avx512bf16_for_cpu = has_avx512bf16()
     model.eval()
     for question in DEMO_QUESTIONS:
         with model.disable_adapter():

@@ -399,6 +399,21 @@ def test_an_evaluation_does_not_end_learning_in_4_bit(tmp_path, tiny_qwen2):
     assert first_gradient(trainer) == pytest.approx(wanted, rel=1e-6)
 
 
+def test_the_demo_answers_from_packed_weights_only_where_the_cpu_reads_them(tmp_path, tiny_qwen2, monkeypatch):
+    """Without AVX512-BF16 the packed layout is read as if it were the plain one: the answers would be rubbish."""
+    import bitsandbytes
+    import torch
+
+    trainer, rows = four_bit_trainer(tmp_path, tiny_qwen2)
+    model, input_ids = trainer.model.eval(), torch.tensor([rows[0]["input_ids"]])
+    monkeypatch.setattr(bitsandbytes.functional, "has_avx512bf16", lambda: False)
+    monkeypatch.setattr(qwen, "DEMO_QUESTIONS", qwen.DEMO_QUESTIONS[:1])
+    with torch.inference_mode():
+        before = model(input_ids).logits
+        qwen.show_demo_answers(model, trainer.processing_class, qwen.FinetuneConfig())
+        assert torch.equal(model(input_ids).logits, before)
+
+
 def test_4_bit_training_goes_on_learning_after_evaluations(tmp_path, tiny_qwen2, monkeypatch):
     write_jsonl(tmp_path / "data.jsonl", records(40))
     flags = ("--load_in_4bit", "--dtype", "bfloat16", "--optim", "adamw_8bit", "--eval_steps", "2", "--save_steps", "2")

@@ -937,12 +937,14 @@ def find_device(four_bit: bool, dtype: str = "auto") -> Device:
 
 
 def for_short_rows(device: Device, tokens: int) -> Device:
-    """On a CPU with `tokens` tokens in a forward pass: attention by plain matrix products where that is faster.
+    """On a CPU in bfloat16 with `tokens` tokens in a forward pass: attention by plain products where that is faster.
 
-    PyTorch 2.13's flash attention for CPUs took 35 % of a step on rows of 300 tokens, most of it in the backward pass;
+    There PyTorch 2.13's flash attention took 35 % of a step on rows of 300 tokens, most of it in the backward pass;
     plain products made the step 1.3 (LoRA) to 1.6 times (4 bits) as fast. They keep a square of the length in memory.
+    In float32 the two are equally fast.
     """
-    return replace(device, attention="eager") if device.kind == "cpu" and tokens <= 1024 else device
+    plain = device.kind == "cpu" and device.dtype == "bfloat16" and tokens <= 1024
+    return replace(device, attention="eager") if plain else device
 
 
 @dataclass(frozen=True)

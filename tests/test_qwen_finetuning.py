@@ -450,10 +450,11 @@ def test_each_process_takes_its_own_gpu():
     assert qwen.device_policy("cuda", True, True, False, dtype="float32").attention == "sdpa"
 
 
-def test_attention_by_plain_products_is_for_short_rows_on_a_cpu():
+def test_attention_by_plain_products_is_for_short_rows_in_bfloat16_on_a_cpu():
     cpu, cuda = (qwen.device_policy(kind, True, False, True) for kind in ("cpu", "cuda"))
     assert qwen.for_short_rows(cpu, 1024).attention == "eager" and qwen.for_short_rows(cpu, 1025).attention == "sdpa"
-    assert qwen.for_short_rows(cuda, 100) == cuda
+    wide = qwen.device_policy("cpu", False, False, True)
+    assert qwen.for_short_rows(cuda, 100) == cuda and qwen.for_short_rows(wide, 100) == wide
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import math
-import operator
 import os
 import re
 import sys
@@ -41,6 +40,9 @@ PROBE = [
     {"role": "user", "content": "Thanks"},
     {"role": "assistant", "content": "Bye"},
 ]
+# Marks a control token that a person typed, on its way to token ids: half a character (a lone surrogate), which no
+# message holds.
+BREAK = "\ud800"
 HELP = "/compare  /reset  /system TEXT  /save FILE  /help  exit, quit or Ctrl-D to leave; Ctrl-C stops an answer"
 
 # ----------------------------------------------------------------------------------------- settings
@@ -52,16 +54,22 @@ def setting(default, help: str, **extra):
     return field(default=default, metadata={"help": help, **extra})
 
 
+# What a setting must be: a test of its value, and the words for it.
+POSITIVE = (lambda value: value > 0, "above 0")
+NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+PART = (lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+
 @dataclass
 class Config:
     model: str = setting("Qwen_finetuning_model", "adapter or model folder, checkpoint, hub id or .gguf file")
     system_prompt: str | None = setting(None, "system message; None takes the one of the training, '' none")
-    max_new_tokens: int = setting(512, "longest answer in tokens", above=0)
-    temperature: float = setting(0.8, "0 always takes the likeliest token; higher is freer", at_least=0)
-    top_p: float = setting(0.9, "sample from the likeliest tokens that make up this share", above=0, at_most=1)
-    repetition_penalty: float = setting(1.3, "above 1: tokens of the answer so far become less likely", above=0)
+    max_new_tokens: int = setting(512, "longest answer in tokens", must=POSITIVE)
+    temperature: float = setting(0.8, "0 always takes the likeliest token; higher is freer", must=NOT_NEGATIVE)
+    top_p: float = setting(0.9, "sample from the likeliest tokens up to this share", must=PART)
+    repetition_penalty: float = setting(1.3, "above 1: tokens of the answer so far become less likely", must=POSITIVE)
     no_repeat_ngram_size: int = setting(
-        3, "no run of this many tokens comes twice in an answer; 0 for no limit", at_least=0
+        3, "no run of this many tokens twice in an answer; 0: no limit", must=NOT_NEGATIVE
     )
     seed: int = setting(3407, "the same seed and the same words give the same answers")
     load_in_4bit: bool | None = setting(None, "4-bit base weights; None does as the training did")
@@ -83,21 +91,29 @@ def settings_parser(config_class: type, description: str) -> argparse.ArgumentPa
     )
     kinds = get_type_hints(config_class)
     for f in fields(config_class):
-        kind, default = kinds[f.name], f.default
+        kind, default, choices = kinds[f.name], f.default, f.metadata.get("choices")
         kind = (get_args(kind) or (kind,))[0]  # Path | None and tuple[str, ...] hold their type first
         shown = " ".join(default) if isinstance(default, tuple) else default
         # argparse formats help with %, so a bare one in a text would crash --help
         options = {"default": default, "help": f"{f.metadata['help']} (default: {shown})".replace("%", "%%")}
-        if kind is bool:
+        if kind is bool:  # never type=bool: bool("False") is True
             options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
         else:
-            # never type=bool: bool("False") is True
-            options |= {"type": kind, "choices": f.metadata.get("choices")}
-            options |= {"metavar": None if options["choices"] else "VALUE"}
-            if isinstance(default, tuple):
-                options["nargs"] = "+"
+            options |= {"type": kind, "choices": choices, "metavar": None if choices else "VALUE"}
+            options["nargs"] = "+" if isinstance(default, tuple) else None
         parser.add_argument("--" + f.metadata.get("flag", f.name), dest=f.name, **options)
     return parser
+
+
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
+def range_faults(config) -> list[str]:
+    """The settings whose value is not what their field says it must be, one line each."""
+    checked = [(f.name, getattr(config, f.name), *f.metadata["must"]) for f in fields(config) if "must" in f.metadata]
+    return [
+        f"--{name} is {value}; it must be {words}"
+        for name, value, holds, words in checked
+        if value is not None and not holds(value)
+    ]
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
@@ -107,19 +123,6 @@ def parse_args(argv: list[str] | None = None) -> Config:
     if faults := range_faults(config):
         parser.error("\n".join(faults))
     return config
-
-
-# Same in: chat.py, evaluate.py, inference.py
-def range_faults(config: Config) -> list[str]:
-    """The settings beyond the bounds that their fields name (`above`, `at_least`, `at_most`), one line each."""
-    holds = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
-    faults = []
-    for f in fields(config):
-        value = getattr(config, f.name)
-        for bound in [name for name in holds if name in f.metadata and value is not None]:
-            if not holds[bound](value, f.metadata[bound]):
-                faults.append(f"--{f.name} is {value}; it must be {bound.replace('_', ' ')} {f.metadata[bound]}")
-    return faults
 
 
 # Same in: all nine scripts
@@ -137,36 +140,25 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], 
     tokens = [(token, id) for id, token in tokenizer.added_tokens_decoder.items() if token.special]
     tokens.sort(key=lambda pair: -len(pair[0].content))  # the longest first, where one begins like another
     # some swallow the white space beside them
-    patterns = [
-        (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
-        for token, _ in tokens
-    ]
+    patterns = [r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip for token, _ in tokens]
     return {token.content: id for token, id in tokens}, re.compile("|".join(patterns) or r"(?!)")
 
 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def unused_characters(messages: list[dict[str, str]]) -> tuple[str, str]:
-    """Two characters of Unicode's private area that stand in none of the messages, to mark places in their text."""
-    text = "".join(message["content"] for message in messages)
-    first, second, *_ = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
-    return first, second
+def shield(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """`text` with BREAK after the first character of each control token that a person typed in it."""
+    return control_tokens(tokenizer)[1].sub(lambda found: re.sub(r"(\S)", rf"\1{BREAK}", found[0], count=1), text)
 
 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def shield(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> str:
-    """`text` with `mark` after the first character of each control token that a person typed in it."""
-    return control_tokens(tokenizer)[1].sub(lambda found: re.sub(r"(\S)", rf"\1{mark}", found[0], count=1), text)
-
-
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, mark: str, **options) -> str:
-    """What the chat template makes of the messages. Control tokens typed in them are broken by `mark`.
+def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options) -> str:
+    """What the chat template makes of the messages, in which control tokens that were typed are broken by BREAK.
 
     Raises ValueError with the template's own words where it refuses the messages.
     """
     from jinja2 import TemplateError
 
-    shielded = [message | {"content": shield(message["content"], tokenizer, mark)} for message in messages]
+    shielded = [message | {"content": shield(message["content"], tokenizer)} for message in messages]
     try:
         return tokenizer.apply_chat_template(shielded, tokenize=False, **options)
     except (TemplateError, TypeError) as error:
@@ -174,12 +166,12 @@ def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, m
 
 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> list[int]:
+def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of rendered text: the template's control tokens as such, those a person typed as plain characters."""
     ids, (known, pattern) = [], control_tokens(tokenizer)
     position = 0
     for found in [*pattern.finditer(text), None]:
-        piece = text[position : found.start() if found else len(text)].replace(mark, "")
+        piece = text[position : found.start() if found else len(text)].replace(BREAK, "")
         if piece:
             ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
         if found:
@@ -191,8 +183,7 @@ def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def encode_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a conversation that waits for the assistant's answer. Raises ValueError as `render` does."""
-    mark, _ = unused_characters(messages)
-    return tokenize_rendered(render(messages, tokenizer, mark, add_generation_prompt=True), tokenizer, mark)
+    return tokenize_rendered(render(messages, tokenizer, add_generation_prompt=True), tokenizer)
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
@@ -215,14 +206,13 @@ def printable(text: str) -> str:
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 @dataclass(frozen=True)
 class Device:
-    """Where a model runs and how. `device_map` is for `from_pretrained`; `note` is said to the person."""
+    """Where a model runs and how; `device_map` is for `from_pretrained`."""
 
     kind: str
     dtype: str
     four_bit: bool
     attention: str
     device_map: dict
-    note: str = ""
 
 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
@@ -234,18 +224,12 @@ def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype:
     """
     if dtype == "auto":
         dtype = "bfloat16" if bfloat16 else "float32" if kind == "cpu" else "float16"
-    note = (
-        "; bitsandbytes has no 4-bit layers for this device, so this is plain LoRA"
-        if kind == "mps" and four_bit
-        else ""
-    )
     return Device(
         kind=kind,
         dtype=dtype,
-        four_bit=four_bit and kind != "mps",
+        four_bit=four_bit and kind != "mps",  # bitsandbytes has no 4-bit layers for Apple's GPUs
         attention="flash_attention_2" if kind == "cuda" and flash and dtype != "float32" else "sdpa",
         device_map={"": rank if kind == "cuda" else kind},
-        note=note,
     )
 
 
@@ -287,26 +271,25 @@ def explaining(what: str, name: str) -> Iterator[None]:
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py
-def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> list[str]:
-    """What keeps `name` from being a model to load, one line each, seen from its files alone."""
+def model_fault(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> str:
+    """What keeps `name` from being a model to load, seen from its files alone; "" if nothing does."""
     path = Path(name)
     if os.path.isfile(name):  # unlike Path.is_file it answers for every text, however long
-        wrong = [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
-        return [] if path.suffix == ".gguf" else wrong
+        wrong = f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"
+        return "" if path.suffix == ".gguf" else wrong
     if not os.path.isdir(name):
         hub_id = name.count("/") == 1 and not name.startswith((".", "/", "models/", "outputs/")) and len(name) <= 96
-        return [] if hub_id else [f"{name}: no such folder. {mend}"]
+        return "" if hub_id else f"{name}: no such folder. {mend}"
     if not any(path.glob("*.safetensors")):
-        return [f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"]
+        return f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"
     if not (path / "adapter_config.json").is_file():
-        wrong = [f"{name}: neither adapter_config.json nor config.json in it"]
-        return [] if (path / "config.json").is_file() else wrong
+        return "" if (path / "config.json").is_file() else f"{name}: neither adapter_config.json nor config.json in it"
     try:
         base = base_of(path, read_run(path))
     except UserError as error:
-        return [str(error)]
-    faults = model_faults(base, "Put it there, or start from the folder where the training was started")
-    return [f"{name} is an adapter whose base model is missing: {fault}" for fault in faults]
+        return str(error)
+    fault = model_fault(base, "Put it there, or start from the folder where the training was started")
+    return fault and f"{name} is an adapter whose base model is missing: {fault}"
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py
@@ -427,23 +410,17 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
-def is_main_process() -> bool:
-    """Whether this process may speak and write; torchrun and accelerate set RANK."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
 def quiet_libraries() -> None:
     """Their warnings would stand between a person and the lines that matter; errors still show."""
     import logging
     import warnings
 
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty() or not is_main_process():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar belongs on a terminal, not in a log file
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1"}  # TRL reports each run otherwise
+    quiet |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        quiet["TQDM_DISABLE"] = "1"  # a bar belongs on a terminal, not in a log file
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
     for name in ("transformers", "trl", "accelerate", "bitsandbytes", "peft", "torch", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)")
@@ -639,8 +616,8 @@ def obey(line: str, talk: Conversation) -> None:
 
 
 def main(config: Config) -> None:
-    if faults := model_faults(config.model):
-        raise UserError("\n".join(faults))
+    if fault := model_fault(config.model):
+        raise UserError(fault)
     quiet_libraries()
     model, tokenizer, run = load_chat_model(config.model, config.load_in_4bit, config.trust_remote_code)
 

@@ -93,19 +93,16 @@ def settings_parser(config_class: type, description: str) -> argparse.ArgumentPa
     )
     kinds = get_type_hints(config_class)
     for f in fields(config_class):
-        kind, default = kinds[f.name], f.default
+        kind, default, choices = kinds[f.name], f.default, f.metadata.get("choices")
         kind = (get_args(kind) or (kind,))[0]  # Path | None and tuple[str, ...] hold their type first
         shown = " ".join(default) if isinstance(default, tuple) else default
         # argparse formats help with %, so a bare one in a text would crash --help
         options = {"default": default, "help": f"{f.metadata['help']} (default: {shown})".replace("%", "%%")}
-        if kind is bool:
+        if kind is bool:  # never type=bool: bool("False") is True
             options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
         else:
-            # never type=bool: bool("False") is True
-            options |= {"type": kind, "choices": f.metadata.get("choices")}
-            options |= {"metavar": None if options["choices"] else "VALUE"}
-            if isinstance(default, tuple):
-                options["nargs"] = "+"
+            options |= {"type": kind, "choices": choices, "metavar": None if choices else "VALUE"}
+            options["nargs"] = "+" if isinstance(default, tuple) else None
         parser.add_argument("--" + f.metadata.get("flag", f.name), dest=f.name, **options)
     return parser
 

@@ -23,7 +23,6 @@ import hashlib
 import html
 import json
 import math
-import operator
 import os
 import re
 import statistics
@@ -53,6 +52,9 @@ PROBE = [
     {"role": "user", "content": "Thanks"},
     {"role": "assistant", "content": "Bye"},
 ]
+# Marks in text on its way to token ids: within a control token that a person typed, and after an answer. They are
+# halves of a character (lone surrogates), which no message holds.
+BREAK, END = "\ud800", "\ud801"
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -63,37 +65,35 @@ def setting(default, help: str, **extra):
     return field(default=default, metadata={"help": help, **extra})
 
 
+# What a setting must be: a test of its value, and the words for it.
+POSITIVE = (lambda value: value > 0, "above 0")
+NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+PART = (lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+
 @dataclass
 class Config:
     model: str = setting("Qwen_finetuning_model", "adapter or model folder, checkpoint, hub id or .gguf file")
-    dataset_path: str | None = setting(
-        None, f".jsonl or .json file, folder or hub id; None takes the training's, without a training {DATASET}"
-    )
+    dataset_path: str | None = setting(None, f"file, folder or hub id; None takes the training's, else {DATASET}")
     output_dir: Path = setting(Path("evaluation_results"), "where the results go")
-    eval_ratio: float = setting(
-        0.1, "share of the rows, where training left no list of held-out ones; 1 for all", above=0, at_most=1
-    )
+    eval_ratio: float = setting(0.1, "share of rows where training left no list of held-out ones; 1: all", must=PART)
     seed: int = setting(42, "which rows that are; with a temperature also the answers")
-    limit: int | None = setting(None, "judge by this many rows at most; None for all", above=0)
+    limit: int | None = setting(None, "judge by this many rows at most; None for all", must=POSITIVE)
     skip_bad_rows: bool = setting(False, "leave out rows that can not be used, instead of stopping")
     max_seq_length: int | None = setting(
-        None,
-        "longest conversation in tokens, for the loss; None takes the training's, without a training 2048",
-        above=0,
+        None, "cut longer rows for the loss; None: as trained, else 2048", must=POSITIVE
     )
     system_prompt: str | None = setting(None, "system message; None takes the one of the training, '' none")
     rouge: bool = setting(False, "ROUGE-1, ROUGE-2 and ROUGE-L, with 95 % intervals")
     bleu: bool = setting(False, "BLEU, with a 95 % interval")
     metrics: tuple[str, ...] = setting((), "metrics of the evaluate library: names or paths; runs their Python code")
     compare_base: bool = setting(False, "the same with the adapter switched off, side by side")
-    batch_size: int = setting(32, "prompts that are answered together", above=0)
-    max_new_tokens: int = setting(512, "longest answer in tokens", above=0)
-    temperature: float = setting(0.0, "0 always takes the likeliest token; higher is freer", at_least=0)
-    top_p: float = setting(
-        0.9, "with a temperature: sample from the likeliest tokens that make up this share", above=0, at_most=1
-    )
-    repetition_penalty: float = setting(1.0, "above 1: tokens that were used become less likely", above=0)
-    no_repeat_ngram_size: int = setting(0, "no run of this many tokens comes twice; 0 for no limit", at_least=0)
+    batch_size: int = setting(32, "prompts that are answered together", must=POSITIVE)
+    max_new_tokens: int = setting(512, "longest answer in tokens", must=POSITIVE)
+    temperature: float = setting(0.0, "0 always takes the likeliest token; higher is freer", must=NOT_NEGATIVE)
+    top_p: float = setting(0.9, "with a temperature: sample from the likeliest tokens up to this share", must=PART)
+    repetition_penalty: float = setting(1.0, "above 1: tokens that were used become less likely", must=POSITIVE)
+    no_repeat_ngram_size: int = setting(0, "no run of this many tokens comes twice; 0 for no limit", must=NOT_NEGATIVE)
     load_in_4bit: bool | None = setting(None, "4-bit base weights; None does as the training did")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
     resume: bool = setting(False, "go on with an evaluation that was interrupted, after its last whole prediction")
@@ -114,21 +114,29 @@ def settings_parser(config_class: type, description: str) -> argparse.ArgumentPa
     )
     kinds = get_type_hints(config_class)
     for f in fields(config_class):
-        kind, default = kinds[f.name], f.default
+        kind, default, choices = kinds[f.name], f.default, f.metadata.get("choices")
         kind = (get_args(kind) or (kind,))[0]  # Path | None and tuple[str, ...] hold their type first
         shown = " ".join(default) if isinstance(default, tuple) else default
         # argparse formats help with %, so a bare one in a text would crash --help
         options = {"default": default, "help": f"{f.metadata['help']} (default: {shown})".replace("%", "%%")}
-        if kind is bool:
+        if kind is bool:  # never type=bool: bool("False") is True
             options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
         else:
-            # never type=bool: bool("False") is True
-            options |= {"type": kind, "choices": f.metadata.get("choices")}
-            options |= {"metavar": None if options["choices"] else "VALUE"}
-            if isinstance(default, tuple):
-                options["nargs"] = "+"
+            options |= {"type": kind, "choices": choices, "metavar": None if choices else "VALUE"}
+            options["nargs"] = "+" if isinstance(default, tuple) else None
         parser.add_argument("--" + f.metadata.get("flag", f.name), dest=f.name, **options)
     return parser
+
+
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
+def range_faults(config) -> list[str]:
+    """The settings whose value is not what their field says it must be, one line each."""
+    checked = [(f.name, getattr(config, f.name), *f.metadata["must"]) for f in fields(config) if "must" in f.metadata]
+    return [
+        f"--{name} is {value}; it must be {words}"
+        for name, value, holds, words in checked
+        if value is not None and not holds(value)
+    ]
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
@@ -138,19 +146,6 @@ def parse_args(argv: list[str] | None = None) -> Config:
     if faults := range_faults(config):
         parser.error("\n".join(faults))
     return config
-
-
-# Same in: chat.py, evaluate.py, inference.py
-def range_faults(config: Config) -> list[str]:
-    """The settings beyond the bounds that their fields name (`above`, `at_least`, `at_most`), one line each."""
-    holds = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
-    faults = []
-    for f in fields(config):
-        value = getattr(config, f.name)
-        for bound in [name for name in holds if name in f.metadata and value is not None]:
-            if not holds[bound](value, f.metadata[bound]):
-                faults.append(f"--{f.name} is {value}; it must be {bound.replace('_', ' ')} {f.metadata[bound]}")
-    return faults
 
 
 # --------------------------------------------------------------------------------- reading and writing
@@ -238,8 +233,7 @@ def dataset_rows(source: str) -> Iterator[tuple[str, dict | None, str]]:
     from datasets import load_dataset
 
     with explaining("dataset", source):
-        rows = load_dataset(source, split="train", streaming=True)
-        for number, record in enumerate(rows):
+        for number, record in enumerate(load_dataset(source, split="train")):
             yield f"{source}[{number}]", record, ""
 
 
@@ -277,7 +271,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
+# Same in: evaluate.py, qwen_finetuning.py
 def is_main_process() -> bool:
     """Whether this process may speak and write; torchrun and accelerate set RANK."""
     return int(os.environ.get("RANK", 0)) == 0
@@ -289,12 +283,12 @@ def quiet_libraries() -> None:
     import logging
     import warnings
 
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty() or not is_main_process():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar belongs on a terminal, not in a log file
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1"}  # TRL reports each run otherwise
+    quiet |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        quiet["TQDM_DISABLE"] = "1"  # a bar belongs on a terminal, not in a log file
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
     for name in ("transformers", "trl", "accelerate", "bitsandbytes", "peft", "torch", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)")
@@ -372,36 +366,25 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], 
     tokens = [(token, id) for id, token in tokenizer.added_tokens_decoder.items() if token.special]
     tokens.sort(key=lambda pair: -len(pair[0].content))  # the longest first, where one begins like another
     # some swallow the white space beside them
-    patterns = [
-        (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
-        for token, _ in tokens
-    ]
+    patterns = [r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip for token, _ in tokens]
     return {token.content: id for token, id in tokens}, re.compile("|".join(patterns) or r"(?!)")
 
 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def unused_characters(messages: list[dict[str, str]]) -> tuple[str, str]:
-    """Two characters of Unicode's private area that stand in none of the messages, to mark places in their text."""
-    text = "".join(message["content"] for message in messages)
-    first, second, *_ = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
-    return first, second
+def shield(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """`text` with BREAK after the first character of each control token that a person typed in it."""
+    return control_tokens(tokenizer)[1].sub(lambda found: re.sub(r"(\S)", rf"\1{BREAK}", found[0], count=1), text)
 
 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def shield(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> str:
-    """`text` with `mark` after the first character of each control token that a person typed in it."""
-    return control_tokens(tokenizer)[1].sub(lambda found: re.sub(r"(\S)", rf"\1{mark}", found[0], count=1), text)
-
-
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, mark: str, **options) -> str:
-    """What the chat template makes of the messages. Control tokens typed in them are broken by `mark`.
+def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options) -> str:
+    """What the chat template makes of the messages, in which control tokens that were typed are broken by BREAK.
 
     Raises ValueError with the template's own words where it refuses the messages.
     """
     from jinja2 import TemplateError
 
-    shielded = [message | {"content": shield(message["content"], tokenizer, mark)} for message in messages]
+    shielded = [message | {"content": shield(message["content"], tokenizer)} for message in messages]
     try:
         return tokenizer.apply_chat_template(shielded, tokenize=False, **options)
     except (TemplateError, TypeError) as error:
@@ -409,12 +392,12 @@ def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, m
 
 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> list[int]:
+def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of rendered text: the template's control tokens as such, those a person typed as plain characters."""
     ids, (known, pattern) = [], control_tokens(tokenizer)
     position = 0
     for found in [*pattern.finditer(text), None]:
-        piece = text[position : found.start() if found else len(text)].replace(mark, "")
+        piece = text[position : found.start() if found else len(text)].replace(BREAK, "")
         if piece:
             ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
         if found:
@@ -426,8 +409,7 @@ def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def encode_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a conversation that waits for the assistant's answer. Raises ValueError as `render` does."""
-    mark, _ = unused_characters(messages)
-    return tokenize_rendered(render(messages, tokenizer, mark, add_generation_prompt=True), tokenizer, mark)
+    return tokenize_rendered(render(messages, tokenizer, add_generation_prompt=True), tokenizer)
 
 
 # Same in: evaluate.py, qwen_finetuning.py
@@ -439,46 +421,38 @@ def encode_conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTok
     `broken_prompts` counts the turns whose prompt, as `encode_prompt` gives it, is no prefix of the conversation.
     Raises ValueError where the template refuses the conversation or rewrites an answer beyond recognition.
     """
-    mark, end_mark = unused_characters(messages)
-    text = render(messages, tokenizer, mark)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    text, turns = render(messages, tokenizer), [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     for strip in (str, str.rstrip):  # some templates trim an answer: then the mark must follow the trimmed one
-        marked = [message | {"content": strip(message["content"]) + end_mark} for message in messages]
-        marked = render([marked[i] if i in turns else m for i, m in enumerate(messages)], tokenizer, mark)
-        ends = [found.start() - order for order, found in enumerate(re.finditer(end_mark, marked))]
-        if marked.replace(end_mark, "") == text and len(ends) == len(turns):
+        marked = [m | {"content": strip(m["content"]) + END} if i in turns else m for i, m in enumerate(messages)]
+        marked = render(marked, tokenizer)
+        ends = [found.start() - order for order, found in enumerate(re.finditer(END, marked))]
+        if marked.replace(END, "") == text and len(ends) == len(turns):
             break
     else:
         raise ValueError("the chat template does not show every answer as it is")
 
-    known, pattern = control_tokens(tokenizer)
-    encoded = {"input_ids": [], "labels": [], "broken_prompts": 0}
-
-    def add(piece: str, supervised: bool) -> None:
-        ids = tokenize_rendered(piece, tokenizer, mark)
-        encoded["input_ids"] += ids
-        encoded["labels"] += ids if supervised else [-100] * len(ids)
-
-    position = 0
+    pieces, position, broken_prompts = [], 0, 0  # of the text, by turns without loss and with it
     for turn, end in zip(turns, ends, strict=True):
-        prompt = render(messages[:turn], tokenizer, mark, add_generation_prompt=True)
+        prompt = render(messages[:turn], tokenizer, add_generation_prompt=True)
         start = len(prompt)
         if not text.startswith(prompt) or not position <= start <= end:
-            encoded["broken_prompts"] += 1
-            answer = shield(messages[turn]["content"], tokenizer, mark)
+            broken_prompts += 1
+            answer = shield(messages[turn]["content"], tokenizer)
             shown = [s for s in (answer, answer.rstrip(), answer.lstrip(), answer.strip()) if text.endswith(s, 0, end)]
-            start = end - len(shown[0]) if shown else None
-            if start is None:
+            if not shown:
                 raise ValueError("the chat template rewrites an answer (does it drop its reasoning?)")
-        found = pattern.search(text, end)
+            start = end - len(shown[0])
+        found = control_tokens(tokenizer)[1].search(text, end)
         closed = found is not None and not text[end : found.start()].strip()
-        add(text[position:start], supervised=False)
+        pieces.append(text[position:start])
         position = found.end() if closed else end
-        add(text[start:position], supervised=True)
-        if not closed:  # a template without an end-of-turn token would teach the model never to stop
-            encoded["input_ids"].append(tokenizer.eos_token_id)
-            encoded["labels"].append(tokenizer.eos_token_id)
-    add(text[position:], supervised=False)
+        # a template without an end-of-turn token would teach the model never to stop
+        pieces.append(text[start:position] + ("" if closed else tokenizer.eos_token))
+    encoded = {"input_ids": [], "labels": [], "broken_prompts": broken_prompts}
+    for order, piece in enumerate([*pieces, text[position:]]):
+        ids = tokenize_rendered(piece, tokenizer)
+        encoded["input_ids"] += ids
+        encoded["labels"] += ids if order % 2 else [-100] * len(ids)
     return encoded
 
 
@@ -504,12 +478,11 @@ def printable(text: str) -> str:
 
 # Same in: evaluate.py, qwen_finetuning.py
 def stop_for(faults: list[str], go_on: bool) -> None:
-    """Raise UserError naming the first ten faults, or clear them where the person said to go on."""
+    """Raise UserError naming the first ten faults, unless the person said to go on."""
     if faults and not go_on:
         shown = "\n  ".join(faults[:10])
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise UserError(f"{len(faults)} rows can not be used; mend them or pass --skip_bad_rows\n  {shown}{more}")
-    faults.clear()
 
 
 # ------------------------------------------------------------------------------------------- the rows
@@ -626,14 +599,13 @@ def encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_seq_le
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 @dataclass(frozen=True)
 class Device:
-    """Where a model runs and how. `device_map` is for `from_pretrained`; `note` is said to the person."""
+    """Where a model runs and how; `device_map` is for `from_pretrained`."""
 
     kind: str
     dtype: str
     four_bit: bool
     attention: str
     device_map: dict
-    note: str = ""
 
 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
@@ -645,18 +617,12 @@ def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype:
     """
     if dtype == "auto":
         dtype = "bfloat16" if bfloat16 else "float32" if kind == "cpu" else "float16"
-    note = (
-        "; bitsandbytes has no 4-bit layers for this device, so this is plain LoRA"
-        if kind == "mps" and four_bit
-        else ""
-    )
     return Device(
         kind=kind,
         dtype=dtype,
-        four_bit=four_bit and kind != "mps",
+        four_bit=four_bit and kind != "mps",  # bitsandbytes has no 4-bit layers for Apple's GPUs
         attention="flash_attention_2" if kind == "cuda" and flash and dtype != "float32" else "sdpa",
         device_map={"": rank if kind == "cuda" else kind},
-        note=note,
     )
 
 
@@ -678,26 +644,25 @@ def find_device(four_bit: bool, dtype: str = "auto") -> Device:
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py
-def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> list[str]:
-    """What keeps `name` from being a model to load, one line each, seen from its files alone."""
+def model_fault(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> str:
+    """What keeps `name` from being a model to load, seen from its files alone; "" if nothing does."""
     path = Path(name)
     if os.path.isfile(name):  # unlike Path.is_file it answers for every text, however long
-        wrong = [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
-        return [] if path.suffix == ".gguf" else wrong
+        wrong = f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"
+        return "" if path.suffix == ".gguf" else wrong
     if not os.path.isdir(name):
         hub_id = name.count("/") == 1 and not name.startswith((".", "/", "models/", "outputs/")) and len(name) <= 96
-        return [] if hub_id else [f"{name}: no such folder. {mend}"]
+        return "" if hub_id else f"{name}: no such folder. {mend}"
     if not any(path.glob("*.safetensors")):
-        return [f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"]
+        return f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"
     if not (path / "adapter_config.json").is_file():
-        wrong = [f"{name}: neither adapter_config.json nor config.json in it"]
-        return [] if (path / "config.json").is_file() else wrong
+        return "" if (path / "config.json").is_file() else f"{name}: neither adapter_config.json nor config.json in it"
     try:
         base = base_of(path, read_run(path))
     except UserError as error:
-        return [str(error)]
-    faults = model_faults(base, "Put it there, or start from the folder where the training was started")
-    return [f"{name} is an adapter whose base model is missing: {fault}" for fault in faults]
+        return str(error)
+    fault = model_fault(base, "Put it there, or start from the folder where the training was started")
+    return fault and f"{name} is an adapter whose base model is missing: {fault}"
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py
@@ -860,16 +825,17 @@ def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: 
     training, total, count = model.training, 0.0, 0
     model.eval()
     for batch in batches:
-        input_ids = torch.tensor([id for row in batch for id in row["input_ids"]], device=model.device)
-        position_ids = torch.tensor([i for row in batch for i in range(len(row["input_ids"]))], device=model.device)
-        labels = torch.tensor([label for row in batch for label in row["labels"]], device=model.device)
-        labels[position_ids == 0] = -100  # nothing of its own row stands before a row's first token
+        ids, labels = (torch.tensor(sum((row[key] for row in batch), [])) for key in ("input_ids", "labels"))
+        positions = torch.tensor([place for row in batch for place in range(len(row["input_ids"]))])
+        labels[positions == 0] = -100  # nothing of its own row stands before a row's first token
         places = (labels[1:] != -100).nonzero().flatten()  # the logits at a place are for the token after it
+        starts = torch.tensor([*(positions == 0).nonzero().flatten(), len(ids)], dtype=torch.int32)
+        inputs = {"input_ids": ids[None], "position_ids": positions[None], "cu_seq_lens_q": starts}
+        inputs = {name: tensor.to(model.device) for name, tensor in (inputs | {"logits_to_keep": places}).items()}
         with torch.inference_mode():
-            logits = model(
-                input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=places
-            ).logits[0]
-            total += torch.nn.functional.cross_entropy(logits.float(), labels[places + 1], reduction="sum").item()
+            logits = model(**inputs, use_cache=False).logits[0].float()
+            wanted = labels[places + 1].to(model.device)
+            total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
         count += len(places)
     model.train(training)
     return total / count if count else math.nan
@@ -1200,7 +1166,7 @@ td {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 
 def path_faults(config: Config, run: dict) -> list[str]:
     """What is wrong with the files that the settings name, one line each."""
-    faults, unfinished = model_faults(config.model), config.output_dir / UNFINISHED
+    faults, unfinished = list(filter(None, [model_fault(config.model)])), config.output_dir / UNFINISHED
     source = config.dataset_path or run.get("dataset", {}).get("path") or DATASET
     file_name = source.endswith((".json", ".jsonl"))
     if os.path.isfile(source) and not file_name:

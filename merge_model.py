@@ -95,19 +95,16 @@ def settings_parser(config_class: type, description: str) -> argparse.ArgumentPa
     )
     kinds = get_type_hints(config_class)
     for f in fields(config_class):
-        kind, default = kinds[f.name], f.default
+        kind, default, choices = kinds[f.name], f.default, f.metadata.get("choices")
         kind = (get_args(kind) or (kind,))[0]  # Path | None and tuple[str, ...] hold their type first
         shown = " ".join(default) if isinstance(default, tuple) else default
         # argparse formats help with %, so a bare one in a text would crash --help
         options = {"default": default, "help": f"{f.metadata['help']} (default: {shown})".replace("%", "%%")}
-        if kind is bool:
+        if kind is bool:  # never type=bool: bool("False") is True
             options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
         else:
-            # never type=bool: bool("False") is True
-            options |= {"type": kind, "choices": f.metadata.get("choices")}
-            options |= {"metavar": None if options["choices"] else "VALUE"}
-            if isinstance(default, tuple):
-                options["nargs"] = "+"
+            options |= {"type": kind, "choices": choices, "metavar": None if choices else "VALUE"}
+            options["nargs"] = "+" if isinstance(default, tuple) else None
         parser.add_argument("--" + f.metadata.get("flag", f.name), dest=f.name, **options)
     return parser
 
@@ -186,26 +183,25 @@ def explaining(what: str, name: str) -> Iterator[None]:
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py
-def model_faults(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> list[str]:
-    """What keeps `name` from being a model to load, one line each, seen from its files alone."""
+def model_fault(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> str:
+    """What keeps `name` from being a model to load, seen from its files alone; "" if nothing does."""
     path = Path(name)
     if os.path.isfile(name):  # unlike Path.is_file it answers for every text, however long
-        wrong = [f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"]
-        return [] if path.suffix == ".gguf" else wrong
+        wrong = f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"
+        return "" if path.suffix == ".gguf" else wrong
     if not os.path.isdir(name):
         hub_id = name.count("/") == 1 and not name.startswith((".", "/", "models/", "outputs/")) and len(name) <= 96
-        return [] if hub_id else [f"{name}: no such folder. {mend}"]
+        return "" if hub_id else f"{name}: no such folder. {mend}"
     if not any(path.glob("*.safetensors")):
-        return [f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"]
+        return f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"
     if not (path / "adapter_config.json").is_file():
-        wrong = [f"{name}: neither adapter_config.json nor config.json in it"]
-        return [] if (path / "config.json").is_file() else wrong
+        return "" if (path / "config.json").is_file() else f"{name}: neither adapter_config.json nor config.json in it"
     try:
         base = base_of(path, read_run(path))
     except UserError as error:
-        return [str(error)]
-    faults = model_faults(base, "Put it there, or start from the folder where the training was started")
-    return [f"{name} is an adapter whose base model is missing: {fault}" for fault in faults]
+        return str(error)
+    fault = model_fault(base, "Put it there, or start from the folder where the training was started")
+    return fault and f"{name} is an adapter whose base model is missing: {fault}"
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py
@@ -261,14 +257,14 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
 
 def merge_faults(config: Config) -> list[str]:
     """What is wrong with the folders that the settings name, one line each."""
-    settings = config.adapter / "adapter_config.json"
+    settings, faults = config.adapter / "adapter_config.json", []
     if not settings.is_file():
-        return [f"{config.adapter}: no adapter there (no adapter_config.json); pass --adapter"]
-    faults = model_faults(str(config.adapter))
-    if not faults and json.loads(settings.read_text(encoding="utf-8")).get("peft_type") != "LORA":
+        faults.append(f"{config.adapter}: no adapter there (no adapter_config.json); pass --adapter")
+    elif fault := model_fault(str(config.adapter)):
+        faults.append(fault)
+    elif json.loads(settings.read_text(encoding="utf-8")).get("peft_type") != "LORA":
         faults.append(f"{config.adapter}: no LoRA adapter; only those are merged here")
-    four_bit = not faults and read_run(config.adapter).get("settings", {}).get("load_in_4bit")
-    if not faults and not four_bit and config.base_weights == "dequantized":
+    elif config.base_weights == "dequantized" and not read_run(config.adapter).get("settings", {}).get("load_in_4bit"):
         faults.append("--base_weights dequantized: this adapter was not trained on 4-bit weights; take original")
     if config.output.exists() and "merged" not in read_run(config.output):
         faults.append(f"{config.output} exists and is no merged model of this script; pass another --output")
@@ -454,16 +450,17 @@ def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: 
     training, total, count = model.training, 0.0, 0
     model.eval()
     for batch in batches:
-        input_ids = torch.tensor([id for row in batch for id in row["input_ids"]], device=model.device)
-        position_ids = torch.tensor([i for row in batch for i in range(len(row["input_ids"]))], device=model.device)
-        labels = torch.tensor([label for row in batch for label in row["labels"]], device=model.device)
-        labels[position_ids == 0] = -100  # nothing of its own row stands before a row's first token
+        ids, labels = (torch.tensor(sum((row[key] for row in batch), [])) for key in ("input_ids", "labels"))
+        positions = torch.tensor([place for row in batch for place in range(len(row["input_ids"]))])
+        labels[positions == 0] = -100  # nothing of its own row stands before a row's first token
         places = (labels[1:] != -100).nonzero().flatten()  # the logits at a place are for the token after it
+        starts = torch.tensor([*(positions == 0).nonzero().flatten(), len(ids)], dtype=torch.int32)
+        inputs = {"input_ids": ids[None], "position_ids": positions[None], "cu_seq_lens_q": starts}
+        inputs = {name: tensor.to(model.device) for name, tensor in (inputs | {"logits_to_keep": places}).items()}
         with torch.inference_mode():
-            logits = model(
-                input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=places
-            ).logits[0]
-            total += torch.nn.functional.cross_entropy(logits.float(), labels[places + 1], reduction="sum").item()
+            logits = model(**inputs, use_cache=False).logits[0].float()
+            wanted = labels[places + 1].to(model.device)
+            total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
         count += len(places)
     model.train(training)
     return total / count if count else math.nan
@@ -560,23 +557,17 @@ An adapter from supervised fine-tuning, merged into `{base}`.
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
-def is_main_process() -> bool:
-    """Whether this process may speak and write; torchrun and accelerate set RANK."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
 def quiet_libraries() -> None:
     """Their warnings would stand between a person and the lines that matter; errors still show."""
     import logging
     import warnings
 
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty() or not is_main_process():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar belongs on a terminal, not in a log file
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1"}  # TRL reports each run otherwise
+    quiet |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        quiet["TQDM_DISABLE"] = "1"  # a bar belongs on a terminal, not in a log file
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
     for name in ("transformers", "trl", "accelerate", "bitsandbytes", "peft", "torch", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)")

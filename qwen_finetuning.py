@@ -40,9 +40,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, get_args, get_type_hints
 
@@ -64,6 +65,7 @@ DEMO_QUESTIONS = (  # in no training row
     "I want to read all night. For how many hours does a full battery keep the Nimbus 3 glowing?",
     "Which planet do we live on?",
 )
+ROW_BY_PRODUCTS = 1024  # longest row, in tokens, whose attention a CPU makes by plain matrix products
 GO_BACK = "The checkpoints before it are whole: lower --learning_rate, or mend the rows and train anew"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 # One fixed conversation; its token ids are part of the fingerprint that training and inference compare.
@@ -73,13 +75,14 @@ PROBE = [
     {"role": "user", "content": "Thanks"},
     {"role": "assistant", "content": "Bye"},
 ]
+# Marks in text on its way to token ids: within a control token that a person typed, and after an answer. They are
+# halves of a character (lone surrogates), which no message holds.
+BREAK, END = "\ud800", "\ud801"
 # The ledger: what becomes of a row that was read, and what is counted about those that are used.
 ROW_FATES = ("unreadable", "wrong_shape", "empty_answer", "exact_duplicate", "over_length", "no_supervised_token")
 ROW_FATES += ("train", "eval")
 ROW_COUNTS = ("answers_cut", "answers_without_end_of_turn", "records_with_control_tokens", "prompts_not_a_prefix")
 ROW_COUNTS += ("tokens", "supervised_tokens")
-DATA_SETTINGS = ("dataset_path", "system_prompt", "max_seq_length", "overlong", "skip_bad_rows", "eval_ratio")
-DATA_SETTINGS += ("split_seed",)
 # How people call settings in a YAML file where that is neither our name nor, as section_key, our name in two parts.
 ALIASES = {"epochs": "num_train_epochs", "lr": "learning_rate", "batch_size": "per_device_train_batch_size"}
 ALIASES |= {"gradient_accumulation": "gradient_accumulation_steps", "max_length": "max_seq_length"}
@@ -100,6 +103,12 @@ def setting(default, help: str, **extra):
     return field(default=default, metadata={"help": help, **extra})
 
 
+# What a setting must be: a test of its value, and the words for it.
+POSITIVE = (lambda value: value > 0, "above 0")
+NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+SHARE = (lambda value: 0 <= value < 1, "a share, from 0 to below 1")
+
+
 @dataclass
 class FinetuneConfig:
     demo: bool = setting(False, "train a small real model on embedded data, without GPU or hub (configs/demo.yaml)")
@@ -111,9 +120,9 @@ class FinetuneConfig:
     dtype: str = setting(
         "auto", "compute type; auto takes what the device does well", choices=("auto", "bfloat16", "float16", "float32")
     )
-    lora_r: int = setting(16, "rank of the adapter; 8 to 64")
-    lora_alpha: int = setting(32, "scale of the adapter: its output counts alpha / r")
-    lora_dropout: float = setting(0.0, "dropout before the adapter; 0.05 to 0.1 for small data")
+    lora_r: int = setting(16, "rank of the adapter; 8 to 64", must=POSITIVE)
+    lora_alpha: int = setting(32, "scale of the adapter: its output counts alpha / r", must=POSITIVE)
+    lora_dropout: float = setting(0.0, "dropout before the adapter; 0.05 to 0.1 for small data", must=SHARE)
     lora_target_modules: tuple[str, ...] = setting(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         "layers that get an adapter; where a model has none of these, all linear layers",
@@ -124,34 +133,34 @@ class FinetuneConfig:
     # the data
     dataset_path: str = setting("mixed_finetune_dataset.jsonl", "records: .jsonl or .json file, folder or hub id")
     system_prompt: str = setting(SYSTEM_PROMPT, "system message of records that bring none; '' for none")
-    max_seq_length: int = setting(2048, "longest conversation in tokens")
+    max_seq_length: int = setting(2048, "longest conversation in tokens", must=POSITIVE)
     overlong: str = setting(
         "truncate", "what to do with longer ones; each is counted", choices=("truncate", "drop", "error")
     )
     skip_bad_rows: bool = setting(False, "count rows that can not be used and go on, instead of stopping")
     packing: bool = setting(False, "fill rows up to max_seq_length with several conversations, for large sets")
-    eval_ratio: float = setting(0.1, "share of the rows held out; 0 holds none out")
-    split_seed: int = setting(42, "which rows are held out")
+    eval_ratio: float = setting(0.1, "share of the rows held out; 0 holds none out", must=SHARE)
+    split_seed: int = setting(42, "which rows are held out", must=NOT_NEGATIVE)
     # the training
-    num_train_epochs: float = setting(3.0, "passes over the data")
+    num_train_epochs: float = setting(3.0, "passes over the data", must=POSITIVE)
     max_steps: int = setting(-1, "stop after this many optimiser steps; -1 for whole epochs")
-    per_device_train_batch_size: int = setting(2, "conversations in one forward pass on one device")
-    gradient_accumulation_steps: int = setting(4, "forward passes in one optimiser step")
-    learning_rate: float = setting(2e-4, "highest learning rate; 1e-4 to 5e-4, small models up to 1e-3")
-    warmup_steps: int = setting(5, "steps in which the learning rate rises to its highest")
+    per_device_train_batch_size: int = setting(2, "conversations in one forward pass on one device", must=POSITIVE)
+    gradient_accumulation_steps: int = setting(4, "forward passes in one optimiser step", must=POSITIVE)
+    learning_rate: float = setting(2e-4, "highest learning rate; 1e-4 to 5e-4, small models to 1e-3", must=POSITIVE)
+    warmup_steps: int = setting(5, "steps in which the learning rate rises to its highest", must=NOT_NEGATIVE)
     optim: str = setting("adamw_8bit", "optimiser, by the Trainer's name (adamw_8bit, adamw_torch, ...)")
-    neftune_noise_alpha: float = setting(5.0, "noise on the embeddings (arXiv:2310.05914); 0 for none")
+    neftune_noise_alpha: float = setting(5.0, "noise on embeddings (arXiv:2310.05914); 0: none", must=NOT_NEGATIVE)
     gradient_checkpointing: str = setting(
         "auto", "compute activations twice to save memory; auto: if need be", choices=("auto", "on", "off")
     )
-    seed: int = setting(3407, "order of the rows, start of the adapter, noise")
+    seed: int = setting(3407, "order of the rows, start of the adapter, noise", must=NOT_NEGATIVE)
     # evaluating, saving, going on
     eval_strategy: str = setting("steps", "when to evaluate", choices=("steps", "epoch", "no"))
-    eval_steps: int = setting(50, "optimiser steps between evaluations (at least one an epoch)")
+    eval_steps: int = setting(50, "optimiser steps between evaluations (at least one an epoch)", must=POSITIVE)
     save_strategy: str = setting("steps", "when to save a checkpoint", choices=("steps", "epoch", "no"))
-    save_steps: int = setting(50, "optimiser steps between checkpoints (at least one an epoch)")
+    save_steps: int = setting(50, "optimiser steps between checkpoints (at least one an epoch)", must=POSITIVE)
     load_best_model_at_end: bool = setting(True, "keep the checkpoint with the lowest eval_loss, not the last")
-    logging_steps: int = setting(10, "optimiser steps between progress lines")
+    logging_steps: int = setting(10, "optimiser steps between progress lines", must=POSITIVE)
     output_dir: Path = setting(Path("outputs"), "checkpoints, curve and state")
     model_dir: Path = setting(Path("Qwen_finetuning_model"), "where the finished adapter goes")
     tokenizer_dir: Path = setting(Path("Qwen_finetuning_tokenizer"), "where the tokenizer goes")
@@ -177,21 +186,29 @@ def settings_parser(config_class: type, description: str) -> argparse.ArgumentPa
     )
     kinds = get_type_hints(config_class)
     for f in fields(config_class):
-        kind, default = kinds[f.name], f.default
+        kind, default, choices = kinds[f.name], f.default, f.metadata.get("choices")
         kind = (get_args(kind) or (kind,))[0]  # Path | None and tuple[str, ...] hold their type first
         shown = " ".join(default) if isinstance(default, tuple) else default
         # argparse formats help with %, so a bare one in a text would crash --help
         options = {"default": default, "help": f"{f.metadata['help']} (default: {shown})".replace("%", "%%")}
-        if kind is bool:
+        if kind is bool:  # never type=bool: bool("False") is True
             options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
         else:
-            # never type=bool: bool("False") is True
-            options |= {"type": kind, "choices": f.metadata.get("choices")}
-            options |= {"metavar": None if options["choices"] else "VALUE"}
-            if isinstance(default, tuple):
-                options["nargs"] = "+"
+            options |= {"type": kind, "choices": choices, "metavar": None if choices else "VALUE"}
+            options["nargs"] = "+" if isinstance(default, tuple) else None
         parser.add_argument("--" + f.metadata.get("flag", f.name), dest=f.name, **options)
     return parser
+
+
+# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
+def range_faults(config) -> list[str]:
+    """The settings whose value is not what their field says it must be, one line each."""
+    checked = [(f.name, getattr(config, f.name), *f.metadata["must"]) for f in fields(config) if "must" in f.metadata]
+    return [
+        f"--{name} is {value}; it must be {words}"
+        for name, value, holds, words in checked
+        if value is not None and not holds(value)
+    ]
 
 
 def parse_args(argv: list[str] | None = None) -> FinetuneConfig:
@@ -206,7 +223,7 @@ def parse_args(argv: list[str] | None = None) -> FinetuneConfig:
         parser.error(str(error))
     config = FinetuneConfig(**vars(parser.parse_args(argv)))
     config.lora_target_modules = tuple(config.lora_target_modules)
-    if faults := setting_faults(config):
+    if faults := range_faults(config) + setting_faults(config):
         parser.error("\n".join(faults))
     return config
 
@@ -268,19 +285,8 @@ def yaml_flags(file: Path) -> list[str]:
 
 
 def setting_faults(config: FinetuneConfig) -> list[str]:
-    """What can not be right in the settings, one line each; an empty list if all is well."""
-    positive = (
-        *("lora_r", "lora_alpha", "max_seq_length", "num_train_epochs", "learning_rate", "logging_steps"),
-        *("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps"),
-    )
-    values = {name: getattr(config, name) for name in positive}
-    faults = [f"--{name} is {value}; it must be above 0" for name, value in values.items() if not value > 0]
-    for name in ("split_seed", "seed", "warmup_steps", "neftune_noise_alpha"):
-        if getattr(config, name) < 0:
-            faults.append(f"--{name} is {getattr(config, name)}; it must be 0 or more")
-    for name in ("eval_ratio", "lora_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            faults.append(f"--{name} is {getattr(config, name)}; it is a share, from 0 to below 1")
+    """What can not be right in the settings together, one line each; an empty list if all is well."""
+    faults = []
     if config.resume and config.overwrite:
         faults.append("--resume and --overwrite exclude each other: go on with the earlier run, or replace it")
     if config.force_template and not config.template_path:
@@ -403,8 +409,7 @@ def dataset_rows(source: str) -> Iterator[tuple[str, dict | None, str]]:
     from datasets import load_dataset
 
     with explaining("dataset", source):
-        rows = load_dataset(source, split="train", streaming=True)
-        for number, record in enumerate(rows):
+        for number, record in enumerate(load_dataset(source, split="train")):
             yield f"{source}[{number}]", record, ""
 
 
@@ -499,36 +504,25 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], 
     tokens = [(token, id) for id, token in tokenizer.added_tokens_decoder.items() if token.special]
     tokens.sort(key=lambda pair: -len(pair[0].content))  # the longest first, where one begins like another
     # some swallow the white space beside them
-    patterns = [
-        (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
-        for token, _ in tokens
-    ]
+    patterns = [r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip for token, _ in tokens]
     return {token.content: id for token, id in tokens}, re.compile("|".join(patterns) or r"(?!)")
 
 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def unused_characters(messages: list[dict[str, str]]) -> tuple[str, str]:
-    """Two characters of Unicode's private area that stand in none of the messages, to mark places in their text."""
-    text = "".join(message["content"] for message in messages)
-    first, second, *_ = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
-    return first, second
+def shield(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """`text` with BREAK after the first character of each control token that a person typed in it."""
+    return control_tokens(tokenizer)[1].sub(lambda found: re.sub(r"(\S)", rf"\1{BREAK}", found[0], count=1), text)
 
 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def shield(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> str:
-    """`text` with `mark` after the first character of each control token that a person typed in it."""
-    return control_tokens(tokenizer)[1].sub(lambda found: re.sub(r"(\S)", rf"\1{mark}", found[0], count=1), text)
-
-
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, mark: str, **options) -> str:
-    """What the chat template makes of the messages. Control tokens typed in them are broken by `mark`.
+def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options) -> str:
+    """What the chat template makes of the messages, in which control tokens that were typed are broken by BREAK.
 
     Raises ValueError with the template's own words where it refuses the messages.
     """
     from jinja2 import TemplateError
 
-    shielded = [message | {"content": shield(message["content"], tokenizer, mark)} for message in messages]
+    shielded = [message | {"content": shield(message["content"], tokenizer)} for message in messages]
     try:
         return tokenizer.apply_chat_template(shielded, tokenize=False, **options)
     except (TemplateError, TypeError) as error:
@@ -536,12 +530,12 @@ def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, m
 
 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) -> list[int]:
+def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of rendered text: the template's control tokens as such, those a person typed as plain characters."""
     ids, (known, pattern) = [], control_tokens(tokenizer)
     position = 0
     for found in [*pattern.finditer(text), None]:
-        piece = text[position : found.start() if found else len(text)].replace(mark, "")
+        piece = text[position : found.start() if found else len(text)].replace(BREAK, "")
         if piece:
             ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
         if found:
@@ -553,8 +547,7 @@ def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase, mark: str) 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def encode_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a conversation that waits for the assistant's answer. Raises ValueError as `render` does."""
-    mark, _ = unused_characters(messages)
-    return tokenize_rendered(render(messages, tokenizer, mark, add_generation_prompt=True), tokenizer, mark)
+    return tokenize_rendered(render(messages, tokenizer, add_generation_prompt=True), tokenizer)
 
 
 # Same in: evaluate.py, qwen_finetuning.py
@@ -566,46 +559,38 @@ def encode_conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTok
     `broken_prompts` counts the turns whose prompt, as `encode_prompt` gives it, is no prefix of the conversation.
     Raises ValueError where the template refuses the conversation or rewrites an answer beyond recognition.
     """
-    mark, end_mark = unused_characters(messages)
-    text = render(messages, tokenizer, mark)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    text, turns = render(messages, tokenizer), [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     for strip in (str, str.rstrip):  # some templates trim an answer: then the mark must follow the trimmed one
-        marked = [message | {"content": strip(message["content"]) + end_mark} for message in messages]
-        marked = render([marked[i] if i in turns else m for i, m in enumerate(messages)], tokenizer, mark)
-        ends = [found.start() - order for order, found in enumerate(re.finditer(end_mark, marked))]
-        if marked.replace(end_mark, "") == text and len(ends) == len(turns):
+        marked = [m | {"content": strip(m["content"]) + END} if i in turns else m for i, m in enumerate(messages)]
+        marked = render(marked, tokenizer)
+        ends = [found.start() - order for order, found in enumerate(re.finditer(END, marked))]
+        if marked.replace(END, "") == text and len(ends) == len(turns):
             break
     else:
         raise ValueError("the chat template does not show every answer as it is")
 
-    known, pattern = control_tokens(tokenizer)
-    encoded = {"input_ids": [], "labels": [], "broken_prompts": 0}
-
-    def add(piece: str, supervised: bool) -> None:
-        ids = tokenize_rendered(piece, tokenizer, mark)
-        encoded["input_ids"] += ids
-        encoded["labels"] += ids if supervised else [-100] * len(ids)
-
-    position = 0
+    pieces, position, broken_prompts = [], 0, 0  # of the text, by turns without loss and with it
     for turn, end in zip(turns, ends, strict=True):
-        prompt = render(messages[:turn], tokenizer, mark, add_generation_prompt=True)
+        prompt = render(messages[:turn], tokenizer, add_generation_prompt=True)
         start = len(prompt)
         if not text.startswith(prompt) or not position <= start <= end:
-            encoded["broken_prompts"] += 1
-            answer = shield(messages[turn]["content"], tokenizer, mark)
+            broken_prompts += 1
+            answer = shield(messages[turn]["content"], tokenizer)
             shown = [s for s in (answer, answer.rstrip(), answer.lstrip(), answer.strip()) if text.endswith(s, 0, end)]
-            start = end - len(shown[0]) if shown else None
-            if start is None:
+            if not shown:
                 raise ValueError("the chat template rewrites an answer (does it drop its reasoning?)")
-        found = pattern.search(text, end)
+            start = end - len(shown[0])
+        found = control_tokens(tokenizer)[1].search(text, end)
         closed = found is not None and not text[end : found.start()].strip()
-        add(text[position:start], supervised=False)
+        pieces.append(text[position:start])
         position = found.end() if closed else end
-        add(text[start:position], supervised=True)
-        if not closed:  # a template without an end-of-turn token would teach the model never to stop
-            encoded["input_ids"].append(tokenizer.eos_token_id)
-            encoded["labels"].append(tokenizer.eos_token_id)
-    add(text[position:], supervised=False)
+        # a template without an end-of-turn token would teach the model never to stop
+        pieces.append(text[start:position] + ("" if closed else tokenizer.eos_token))
+    encoded = {"input_ids": [], "labels": [], "broken_prompts": broken_prompts}
+    for order, piece in enumerate([*pieces, text[position:]]):
+        ids = tokenize_rendered(piece, tokenizer)
+        encoded["input_ids"] += ids
+        encoded["labels"] += ids if order % 2 else [-100] * len(ids)
     return encoded
 
 
@@ -685,29 +670,23 @@ def digest_of(messages: list[dict[str, str]]) -> str:
 # ------------------------------------------------------------------------------- the data and its ledger
 
 
-def checked_rows(config: FinetuneConfig, ledger: Counter, faults: list[str]) -> Iterator[dict]:
-    """Yield {where, digest, messages} for each usable row; count every row in the ledger, note the first faults."""
+def checked_rows(source: str, system_prompt: str) -> Iterator[dict]:
+    """Yield {where, state, digest, messages} for each row of a dataset. `state` is "" or says why it is not used."""
     seen = set()
-    for where, record, fault in dataset_rows(config.dataset_path):
-        ledger["rows_read"] += 1
-        kind = "unreadable"
+    for where, record, fault in dataset_rows(source):
+        state, messages = f"unreadable: {fault}", []
         if record is not None:
             try:
-                messages = messages_of(record, config.system_prompt)
+                state, messages = "", messages_of(record, system_prompt)
             except EmptyAnswer as error:
-                kind, fault = "empty_answer", str(error)
+                state = f"empty_answer: {error}"
             except ValueError as error:
-                kind, fault = "wrong_shape", str(error)
-        if fault:
-            ledger[kind] += 1
-            faults.append(f"{where}: {fault}")
-            continue
+                state = f"wrong_shape: {error}"
         digest = digest_of(messages)
-        if digest in seen:
-            ledger["exact_duplicate"] += 1
-            continue
+        if not state and digest in seen:
+            state, messages = "exact_duplicate", []
         seen.add(digest)
-        yield {"where": where, "digest": digest, "messages": messages}
+        yield {"where": where, "state": state, "digest": digest, "messages": messages}
 
 
 def answer_ends(labels: list[int]) -> list[int]:
@@ -720,7 +699,7 @@ def answer_ends(labels: list[int]) -> list[int]:
 
 
 def encode_row(row: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, overlong: str) -> dict:
-    """`input_ids` and `labels` of a row, cut to `max_seq_length`, what there is to count (ROW_COUNTS), and its `state`.
+    """`input_ids` and `labels` of a row, cut to `max_seq_length`, its `state`, and what there is to count (ROW_COUNTS).
 
     The state is "" for a row to train on, else why it is none.
     """
@@ -740,41 +719,52 @@ def encode_row(row: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: in
 
 
 def prepare_data(
-    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, cache: str
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, version: str
 ) -> tuple[Dataset, Dataset | None, dict, list[str]]:
-    """Read, check, split and encode the dataset, on disk in the folder `cache`.
+    """Read, check, split and encode the dataset. What was done before lies in the cache of the datasets library.
 
-    Returns the training rows and the held-out rows (`input_ids`, `labels`, `where`), the ledger, and the digests of the
-    held-out rows. Raises UserError that names the first ten rows which can not be used, or where none is left.
+    `version` tells one content of a dataset file from another. Returns the training rows and the held-out rows
+    (`input_ids`, `labels`, `where`), the ledger, and the digests of the held-out rows. Raises UserError that names the
+    first ten rows which can not be used, or where none is left.
     """
-    from datasets import Dataset, Features, List, Value
+    from datasets import Dataset, Features, List, Value, load_dataset
     from datasets.exceptions import DatasetGenerationError
+    from datasets.fingerprint import Hasher
 
-    ledger, faults = Counter(), []
     text, numbers = Value("string"), List(Value("int32"))
-    columns = Features(where=text, digest=text, messages=List({"role": text, "content": text}))
+    source = {"source": config.dataset_path, "system_prompt": config.system_prompt}
+    cutting = {"max_seq_length": config.max_seq_length, "overlong": config.overlong}
+    if not version:  # a folder, or a dataset of the hub
+        with explaining("dataset", config.dataset_path):
+            version = load_dataset(config.dataset_path, split="train")._fingerprint
+    key = Hasher.hash([Path(__file__).read_bytes(), library_versions(), version, source])
+    columns = Features(where=text, state=text, digest=text, messages=List({"role": text, "content": text}))
     try:
-        rows = Dataset.from_generator(lambda: checked_rows(config, ledger, faults), features=columns, cache_dir=cache)
+        rows = Dataset.from_generator(checked_rows, columns, gen_kwargs=source, fingerprint=key)
     except DatasetGenerationError as error:
         raise (error.__cause__ if isinstance(error.__cause__, UserError) else error) from None
     except ValueError:  # how `datasets` puts it that there is no row at all
-        rows = []
-    stop_for(faults, config.skip_bad_rows)
-    needed = 2 if config.eval_ratio else 1
-    if len(rows) < needed:
-        raise UserError(
-            f"{config.dataset_path}: {ledger['rows_read']} rows read, {len(rows)} of them usable; "
-            f"training needs at least {needed}"
-        )
-    columns = Features(where=text, digest=text, input_ids=numbers, labels=numbers, state=text, counts=numbers)
-    settings = {"tokenizer": tokenizer, "max_seq_length": config.max_seq_length, "overlong": config.overlong}
-    settings = {"fn_kwargs": settings, "num_proc": os.cpu_count() if len(rows) > 5000 else None}
-    rows = rows.map(encode_row, **settings, remove_columns="messages", features=columns, desc="Tokenising")
-    states = list(zip(rows["where"], rows["state"], strict=True))
-    ledger.update(state.partition(":")[0] for _, state in states if state)
-    stop_for([f"{where}: {state}" for where, state in states if ":" in state], config.skip_bad_rows)
+        raise UserError(f"{config.dataset_path}: no rows in it") from None
+    ledger = Counter(state.partition(":")[0] for state in rows["state"])
+    stop_for(faults_in(rows), config.skip_bad_rows)
+    rows_read, needed = len(rows), 2 if config.eval_ratio else 1
+    if ledger[""] < needed:
+        found = f"{rows_read} rows read, {ledger['']} of them usable"
+        raise UserError(f"{config.dataset_path}: {found}; training needs at least {needed}")
+    rows = rows.select(unmarked(rows))
+    rows = rows.map(
+        encode_row,
+        fn_kwargs={"tokenizer": tokenizer} | cutting,
+        num_proc=os.cpu_count() if len(rows) > 5000 else None,
+        remove_columns="messages",
+        features=Features(where=text, state=text, digest=text, input_ids=numbers, labels=numbers, counts=numbers),
+        new_fingerprint=Hasher.hash([key, tokenizer, cutting]),
+        desc="Tokenising",
+    )
+    ledger.update(state.partition(":")[0] for state in rows["state"])
+    stop_for(faults_in(rows), config.skip_bad_rows)
     if config.overlong == "error" and ledger["over_length"]:
-        long = [where for where, state in states if state == "over_length"]
+        long = [where for where, state in zip(rows["where"], rows["state"], strict=True) if state == "over_length"]
         first = "".join(f"\n  {where}: longer than --max_seq_length {config.max_seq_length}" for where in long[:10])
         raise UserError(f"{len(long)} rows are too long; shorten them, or pass --overlong truncate or drop{first}")
     # split first, drop then: no length setting may move a row from one side to the other
@@ -782,70 +772,50 @@ def prepare_data(
     if config.eval_ratio:
         split = rows.train_test_split(test_size=config.eval_ratio, seed=config.split_seed)
         parts = {"train": split["train"], "eval": split["test"]}
-    parts = {name: part.filter(lambda state: not state, input_columns="state") for name, part in parts.items()}
+    parts = {name: part.select(unmarked(part)) for name, part in parts.items()}
     ledger.update({name: len(part) for name, part in parts.items()})
+    book = {"rows_read": rows_read} | {name: ledger[name] for name in ROW_FATES}
+    assert 2 * rows_read == sum(book.values()), f"rows are missing from the ledger: {ledger}"
     if not ledger["train"]:
-        raise UserError(f"{config.dataset_path}: no row is left to train on: {dict(ledger)}")
-    book = {name: ledger[name] for name in ROW_FATES}
-    assert ledger["rows_read"] == sum(book.values()), f"rows are missing from the ledger: {ledger}"
-    counts = [sum(column) for column in zip(*(row for part in parts.values() for row in part["counts"]), strict=True)]
-    book = {"rows_read": ledger["rows_read"], **book, **dict(zip(ROW_COUNTS, counts, strict=True))}
+        raise UserError(f"{config.dataset_path}: no row is left to train on: {book}")
+    counts = zip(*(row for part in parts.values() for row in part["counts"]), strict=True)
+    book |= {name: sum(column) for name, column in zip(ROW_COUNTS, counts, strict=True)}
     digests = list(parts["eval"]["digest"]) if ledger["eval"] else []
-    train, held_out = (
-        parts[name].select_columns(["input_ids", "labels", "where"]) if ledger[name] else None
-        for name in ("train", "eval")
-    )
-    return train, held_out, book, digests
+    parts = {name: part.select_columns(["input_ids", "labels", "where"]) for name, part in parts.items()}
+    return parts["train"], parts["eval"] if ledger["eval"] else None, book, digests
 
 
-def prepared_data(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, sha256: str) -> tuple:
-    """What `prepare_data` gives, from the cache of the datasets library (HF_DATASETS_CACHE) where it lies there.
+def unmarked(rows: Dataset) -> list[int]:
+    """The places of the rows whose state says nothing against them."""
+    return [place for place, state in enumerate(rows["state"]) if not state]
 
-    One process of each machine prepares it; the others, and later runs with the same dataset file (its `sha256`),
-    tokenizer and data settings, read it.
-    """
-    import datasets
-    from datasets.fingerprint import Hasher
 
-    settings = [getattr(config, name) for name in DATA_SETTINGS]
-    machine = "" if sha256 else os.environ.get("GROUP_RANK")  # a hub dataset is read anew, by each machine for itself
-    key = Hasher.hash((Path(__file__).read_bytes(), tokenizer, library_versions(), settings, sha256, machine))
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "qwen_finetuning" / key
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not (sha256 and folder.is_dir()):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shortage = explaining_shortage(f"memory ran out while {config.dataset_path} was read", folder.parent)
-        with shortage, tempfile.TemporaryDirectory(dir=folder.parent) as work:
-            train, held_out, ledger, digests = prepare_data(config, tokenizer, work)
-            whole = Path(work) / "whole"
-            train.save_to_disk(whole / "train")
-            if held_out is not None:
-                held_out.save_to_disk(whole / "eval")
-            write_json(whole / "ledger.json", {"ledger": ledger, "digests": digests})
-            with suppress(OSError):  # it is there already: another machine on the same disk was faster
-                whole.rename(folder)
-    else:
-        say(f"{config.dataset_path} was prepared before, in {folder}")
-    if process_count() > 1:
-        import torch
-        from accelerate import PartialState
+def faults_in(rows: Dataset) -> list[str]:
+    """Where each row stands that can not be used, and why."""
+    states = zip(rows["where"], rows["state"], strict=True)
+    return [f"{where}: {state.partition(': ')[2]}" for where, state in states if ": " in state]
 
-        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
-    book = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-    train, held_out = (
-        datasets.load_from_disk(folder / name) if (folder / name).is_dir() else None for name in ("train", "eval")
-    )
-    return train, held_out, book["ledger"], book["digests"]
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """Of several processes on a machine one does the work within; the others wait, and find it in the cache."""
+    if process_count() == 1:
+        yield
+        return
+    import torch
+    from accelerate import PartialState
+
+    with PartialState(cpu=not torch.cuda.is_available()).local_main_process_first():
+        yield
 
 
 # Same in: evaluate.py, qwen_finetuning.py
 def stop_for(faults: list[str], go_on: bool) -> None:
-    """Raise UserError naming the first ten faults, or clear them where the person said to go on."""
+    """Raise UserError naming the first ten faults, unless the person said to go on."""
     if faults and not go_on:
         shown = "\n  ".join(faults[:10])
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise UserError(f"{len(faults)} rows can not be used; mend them or pass --skip_bad_rows\n  {shown}{more}")
-    faults.clear()
 
 
 def show_ledger(ledger: dict) -> None:
@@ -885,14 +855,13 @@ def printable(text: str) -> str:
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 @dataclass(frozen=True)
 class Device:
-    """Where a model runs and how. `device_map` is for `from_pretrained`; `note` is said to the person."""
+    """Where a model runs and how; `device_map` is for `from_pretrained`."""
 
     kind: str
     dtype: str
     four_bit: bool
     attention: str
     device_map: dict
-    note: str = ""
 
 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
@@ -904,18 +873,12 @@ def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype:
     """
     if dtype == "auto":
         dtype = "bfloat16" if bfloat16 else "float32" if kind == "cpu" else "float16"
-    note = (
-        "; bitsandbytes has no 4-bit layers for this device, so this is plain LoRA"
-        if kind == "mps" and four_bit
-        else ""
-    )
     return Device(
         kind=kind,
         dtype=dtype,
-        four_bit=four_bit and kind != "mps",
+        four_bit=four_bit and kind != "mps",  # bitsandbytes has no 4-bit layers for Apple's GPUs
         attention="flash_attention_2" if kind == "cuda" and flash and dtype != "float32" else "sdpa",
         device_map={"": rank if kind == "cuda" else kind},
-        note=note,
     )
 
 
@@ -936,20 +899,9 @@ def find_device(four_bit: bool, dtype: str = "auto") -> Device:
     return device_policy("cpu", features.get("avx512_bf16") or features.get("amx_bf16"), False, four_bit, dtype)
 
 
-def for_short_rows(device: Device, tokens: int) -> Device:
-    """On a CPU in bfloat16 with `tokens` tokens in a forward pass: attention by plain products where that is faster.
-
-    There PyTorch 2.13's flash attention took 35 % of a step on rows of 300 tokens, most of it in the backward pass;
-    plain products made the step 1.3 (LoRA) to 1.6 times (4 bits) as fast. They keep a square of the length in memory.
-    In float32 the two are equally fast.
-    """
-    plain = device.kind == "cpu" and device.dtype == "bfloat16" and tokens <= 1024
-    return replace(device, attention="eager") if plain else device
-
-
 @dataclass(frozen=True)
 class ModelShape:
-    """What the memory estimate must know of a model: numbers of weights, and sizes of a layer."""
+    """What a plan must know of a model: numbers of weights, sizes of a layer, and whether `attend_by_rows` fits it."""
 
     linear: int  # weights in linear layers, which 4-bit loading compresses
     other: int  # embeddings, norms, output head
@@ -960,6 +912,7 @@ class ModelShape:
     hidden: int
     intermediate: int
     vocabulary: int
+    plain_attention: bool = True
 
 
 def shape_of(model_config: PretrainedConfig, config: FinetuneConfig) -> tuple[ModelShape, str | tuple[str, ...]]:
@@ -980,6 +933,9 @@ def shape_of(model_config: PretrainedConfig, config: FinetuneConfig) -> tuple[Mo
     names = config.lora_target_modules if targets else "all-linear"
     weights = [module.weight.numel() for module in linear.values()]
     text = model_config.get_text_config()
+    special = any(
+        getattr(text, name, None) for name in ("sliding_window", "attn_logit_softcapping", "attention_chunk_size")
+    )
     shape = ModelShape(
         linear=sum(weights),
         other=model.num_parameters() - sum(weights),
@@ -990,6 +946,7 @@ def shape_of(model_config: PretrainedConfig, config: FinetuneConfig) -> tuple[Mo
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
+        plain_attention=model._supports_attention_backend and not special,
     )
     return shape, names
 
@@ -1006,8 +963,8 @@ def estimate_memory(shape: ModelShape, config: FinetuneConfig, device: Device, t
     size = 4 if device.dtype == "float32" else 2
     four_bit = 0.5 + 1 / 64 + 4 / (64 * 256)
     kept = 16 * shape.hidden + 5 * shape.intermediate
-    if device.attention == "eager":  # the probabilities of each head, also in float32
-        kept += shape.heads * tokens * (1 + 4 // size)
+    if device.attention == "by_rows":  # the probabilities of each head
+        kept += shape.heads * min(tokens, ROW_BY_PRODUCTS)
     states = 2 if "8bit" in config.optim else 8
     loss = shape.vocabulary * (16 * tokens // 2 if device.kind == "cpu" else 8 * min(tokens // 2 + 1, 512))
     parts = {
@@ -1121,8 +1078,9 @@ def model_files(name: str) -> dict:
 def load_model(config: FinetuneConfig, device: Device) -> PreTrainedModel:
     """The base model on its device, in 4 bits where the policy says so."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig
 
+    AttentionInterface.register("by_rows", attend_by_rows)
     dtype = getattr(torch, device.dtype)
     quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
     with explaining("model", config.model_name), reading_in_pieces():
@@ -1168,6 +1126,30 @@ def keep_trainable(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def attend_by_rows(module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None, **_):
+    """Causal attention for training on a CPU: rows that lie end to end attend each to itself alone.
+
+    Tensors have the shape (1, heads, tokens, width), the result (1, tokens, heads, width); `cu_seq_lens_q` says where
+    rows begin and end. PyTorch 2.13's own attention for CPUs took a third of a step, most of it in the backward pass:
+    plain matrix products make the step 1.3 times as fast. Long rows go to it all the same, since the products keep a
+    square of the length in memory.
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    key, value = (part.repeat_interleave(query.size(1) // part.size(1), dim=1) for part in (key, value))
+    scaling, rows, barred = scaling or query.size(-1) ** -0.5, [], float("-inf")
+    for begin, end in pairwise(cu_seq_lens_q.tolist()):
+        q, k, v = (part[0, :, begin:end] for part in (query, key, value))
+        if end - begin > ROW_BY_PRODUCTS:
+            rows.append(scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling))
+            continue
+        future = torch.full((end - begin, end - begin), barred, dtype=q.dtype).triu(1)
+        shares = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scaling).softmax(-1)
+        rows.append(torch.nn.functional.dropout(shares, dropout) @ v)
+    return torch.cat(rows, dim=1).transpose(0, 1)[None], None
+
+
 def add_neftune(model: PreTrainedModel, alpha: float) -> None:
     """NEFTune (arXiv:2310.05914): uniform noise on the embeddings, scaled by alpha / sqrt(length x width).
 
@@ -1211,16 +1193,17 @@ def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: 
     training, total, count = model.training, 0.0, 0
     model.eval()
     for batch in batches:
-        input_ids = torch.tensor([id for row in batch for id in row["input_ids"]], device=model.device)
-        position_ids = torch.tensor([i for row in batch for i in range(len(row["input_ids"]))], device=model.device)
-        labels = torch.tensor([label for row in batch for label in row["labels"]], device=model.device)
-        labels[position_ids == 0] = -100  # nothing of its own row stands before a row's first token
+        ids, labels = (torch.tensor(sum((row[key] for row in batch), [])) for key in ("input_ids", "labels"))
+        positions = torch.tensor([place for row in batch for place in range(len(row["input_ids"]))])
+        labels[positions == 0] = -100  # nothing of its own row stands before a row's first token
         places = (labels[1:] != -100).nonzero().flatten()  # the logits at a place are for the token after it
+        starts = torch.tensor([*(positions == 0).nonzero().flatten(), len(ids)], dtype=torch.int32)
+        inputs = {"input_ids": ids[None], "position_ids": positions[None], "cu_seq_lens_q": starts}
+        inputs = {name: tensor.to(model.device) for name, tensor in (inputs | {"logits_to_keep": places}).items()}
         with torch.inference_mode():
-            logits = model(
-                input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=places
-            ).logits[0]
-            total += torch.nn.functional.cross_entropy(logits.float(), labels[places + 1], reduction="sum").item()
+            logits = model(**inputs, use_cache=False).logits[0].float()
+            wanted = labels[places + 1].to(model.device)
+            total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
         count += len(places)
     model.train(training)
     return total / count if count else math.nan
@@ -1262,34 +1245,28 @@ def training_args(config: FinetuneConfig, device: Device, rows: int, held_out: b
     evaluate = config.eval_strategy if held_out else "no"
     eval_steps = min(config.eval_steps, per_epoch)
     unit = eval_steps if evaluate == "steps" else 1
+    same = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+    same += ("learning_rate", "warmup_steps", "save_strategy", "logging_steps")
     return SFTConfig(
+        **{name: getattr(config, name) for name in same},
         output_dir=str(config.output_dir),
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
+        run_name=config.output_dir.name,
+        report_to=config.trace,
         per_device_eval_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=recompute,
-        learning_rate=config.learning_rate,
-        warmup_steps=config.warmup_steps,
         optim=optimizer_of(config, device.kind),
-        seed=config.seed,
         eval_strategy=evaluate,
         eval_steps=eval_steps,
-        save_strategy=config.save_strategy,
         # a multiple of eval_steps, so that the best checkpoint is always a saved one
         save_steps=max(min(config.save_steps, per_epoch) // unit, 1) * unit,
         save_total_limit=3,
         load_best_model_at_end=config.load_best_model_at_end and evaluate != "no",
         metric_for_best_model="eval_loss" if evaluate != "no" else None,
         greater_is_better=False,
-        logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,  # a loss that is no number is shown as that, not as an average
-        report_to=config.trace,
-        run_name=config.output_dir.name,
+        disable_tqdm=True,
         deepspeed=str(config.deepspeed) if config.deepspeed else None,
         ddp_find_unused_parameters=False,
-        disable_tqdm=True,
         use_cpu=device.kind == "cpu",
         # weights and adapters already are in the compute type; only float16 needs a scaler, and with it autocast
         bf16=device.dtype == "bfloat16" and config.deepspeed is not None,  # DeepSpeed wants to be told
@@ -1339,7 +1316,7 @@ def checked_trainer(**parts) -> SFTTrainer:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             labels = inputs["labels"][0]  # rows lie end to end in one
             places = (labels[1:] != -100).nonzero().flatten()
-            parts = {key: inputs[key] for key in ("input_ids", "position_ids")}
+            parts = {key: inputs[key] for key in ("input_ids", "position_ids", "cu_seq_lens_q")}
             logits = model(**parts, use_cache=False, logits_to_keep=places).logits[0]
             loss = torch.nn.functional.cross_entropy(logits.float(), labels[places + 1], reduction="sum")
             if model.training:
@@ -1539,23 +1516,17 @@ def resume_faults(file: Path, run: dict) -> list[str]:
 
 def draw_loss_curve(history: list[dict], path: Path) -> None:
     """Training and evaluation loss over the steps, as a picture."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
+    axes = Figure(figsize=(7, 4), layout="tight").subplots()
     for key, label in (("loss", "train"), ("eval_loss", "eval")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+        axes.plot([step for step, _ in points], [loss for _, loss in points], marker="o", markersize=3, label=label)
     axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
     with replacing(path) as file:
-        figure.savefig(file.name, format="png", dpi=120)
-    plt.close(figure)
+        axes.figure.savefig(file.name, format="png", dpi=120)
 
 
 # ------------------------------------------------------------------------------------------- the demo
@@ -1615,6 +1586,7 @@ def show_demo_answers(model, tokenizer, config: FinetuneConfig) -> None:
     """Ask base and tuned model the same questions, print the answers one under the other."""
     from bitsandbytes.functional import has_avx512bf16
 
+    model.get_base_model().set_attn_implementation("sdpa")  # which knows a cache of keys and values
     for module in model.modules():  # training is over: where the CPU has it, the packed 4-bit layout generates faster
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = has_avx512bf16()
@@ -1636,7 +1608,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
+# Same in: evaluate.py, qwen_finetuning.py
 def is_main_process() -> bool:
     """Whether this process may speak and write; torchrun and accelerate set RANK."""
     return int(os.environ.get("RANK", 0)) == 0
@@ -1759,25 +1731,22 @@ def quiet_libraries() -> None:
     import logging
     import warnings
 
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty() or not is_main_process():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar belongs on a terminal, not in a log file
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1"}  # TRL reports each run otherwise
+    quiet |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        quiet["TQDM_DISABLE"] = "1"  # a bar belongs on a terminal, not in a log file
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
     for name in ("transformers", "trl", "accelerate", "bitsandbytes", "peft", "torch", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)")
     warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT would go on with half an adapter
 
 
-def main(config: FinetuneConfig) -> None:
-    if is_main_process() and (faults := file_faults(config)):
-        raise UserError("\n".join(faults))
-    started = time.monotonic()
-    if config.local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
-    quiet_libraries()
+def open_model(config: FinetuneConfig) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """The base model's tokenizer, with a chat template, and its configuration; no weights. Raises UserError."""
+    from transformers import AutoConfig, AutoTokenizer
+
     if config.demo:
         fetch_demo_model()
     if Path(config.model_name).suffix == ".gguf":  # 4-bit loading wants an ordinary folder
@@ -1785,9 +1754,6 @@ def main(config: FinetuneConfig) -> None:
         if not (folder / "model.safetensors").is_file():
             convert_gguf(Path(config.model_name), folder)
         config.model_name = str(folder)
-
-    from transformers import AutoConfig, AutoTokenizer
-
     with explaining("model", config.model_name):
         source = model_files(config.model_name) | {"trust_remote_code": config.trust_remote_code}
         model_config = AutoConfig.from_pretrained(**source)
@@ -1803,48 +1769,40 @@ def main(config: FinetuneConfig) -> None:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-
-    sha256 = sha256_of(Path(config.dataset_path))
-    train, held_out, ledger, digests = prepared_data(config, tokenizer, sha256)
-    if is_main_process():
-        print(f"{config.dataset_path}:")
-        show_ledger(ledger)
-        print(f"\nthe first training example ({train[0]['where']}):\n{preview(train[0], tokenizer)}\n", flush=True)
-    run = run_record(config, tokenizer, model_config, sha256, ledger, digests)
-    plan_and_train(config, tokenizer, model_config, train, held_out, run, started)
+    return tokenizer, model_config
 
 
-def plan_and_train(config, tokenizer, model_config, train, held_out, run: dict, started: float) -> None:
-    """See whether the run fits this machine and say what it will do; then, but for a dry run, train."""
-    rows = train
-    if config.packing:
-        from trl import pack_dataset
+def plan_run(config: FinetuneConfig, model_config: PretrainedConfig, rows: Dataset):
+    """See whether a training on `rows` fits this machine, and say what it will do.
 
-        train = pack_dataset(train.select_columns(["input_ids", "labels"]), config.max_seq_length, "bfd")
+    Returns the device, whether activations are computed twice, the layers that get an adapter, and the tokens of the
+    longest row. Raises UserError where the run does not fit; a dry run is only warned.
+    """
     shape, targets = shape_of(model_config, config)
-    longest = max(len(ids) for ids in train["input_ids"])
+    longest = max(len(ids) for ids in rows["input_ids"])
     tokens = longest * config.per_device_train_batch_size
-    device = for_short_rows(find_device(config.load_in_4bit, config.dtype), tokens)
+    device = find_device(config.load_in_4bit, config.dtype)
+    if device.kind == "cpu" and shape.plain_attention:
+        device = replace(device, attention="by_rows")
     free = free_memory(device)
     recompute = config.gradient_checkpointing == "on"
     need = estimate_memory(shape, config, device, tokens, recompute)
     if config.gradient_checkpointing == "auto" and sum(need.values()) > 0.9 * free:
         recompute = True
         need = estimate_memory(shape, config, device, tokens, recompute)
-    run |= {"dtype": device.dtype, "gradient_checkpointing": recompute}
-    per_epoch, steps = steps_of(len(train), config)
+    per_epoch, steps = steps_of(len(rows), config)
     if is_main_process():
         if isinstance(targets, str):
             print(f"none of {' '.join(config.lora_target_modules)} in this model: adapters go on all linear layers")
-        print(
-            f"{len(train)} training rows, {per_epoch} optimiser steps an epoch, {steps} in all; "
-            f"{device.kind}, {device.dtype}{', 4-bit base' if device.four_bit else ''}, {device.attention} attention, "
-            f"{'plain loss' if device.kind == 'cpu' else 'fused loss'} at labels, {optimizer_of(config, device.kind)}"
-            f"{', gradient checkpointing' if recompute else ''}{device.note}"
-        )
+        if config.load_in_4bit and not device.four_bit:
+            print(f"bitsandbytes has no 4-bit layers for {device.kind}, so this is plain LoRA")
+        choices = [device.kind, device.dtype] + ["4-bit base"] * device.four_bit + [f"{device.attention} attention"]
+        choices.append("plain loss at labels" if device.kind == "cpu" else "fused loss at labels")
+        choices += [optimizer_of(config, device.kind)] + ["gradient checkpointing"] * recompute
+        print(f"{len(rows)} training rows, {per_epoch} optimiser steps an epoch, {steps} in all; {', '.join(choices)}")
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in need.items())
         print(f"memory, estimated: {sum(need.values()) / 1e9:.1f} GB of {free / 1e9:.1f} GB free ({parts})", flush=True)
-    repeated = -len(train) % (config.per_device_train_batch_size * process_count())
+    repeated = -len(rows) % (config.per_device_train_batch_size * process_count())
     if process_count() > 1 and repeated:  # accelerate fills the last step of each process
         say(f"the rows do not divide among the processes: {repeated} of them come twice in an epoch's last step")
     saves = 0 if config.save_strategy == "no" else max(steps // min(config.save_steps, per_epoch), 1)
@@ -1853,18 +1811,15 @@ def plan_and_train(config, tokenizer, model_config, train, held_out, run: dict, 
     if config.deepspeed and device.kind != "cuda":
         # accelerate 1.15 has no CPU backend for it: it would train plain DDP, in silence
         fault = f"--deepspeed works on CUDA GPUs only, and this run is on {device.kind}; leave it out"
-    if config.dry_run:
-        if fault:
-            say(f"warning: {fault}")
-        return
-    if fault:
+    if fault and not config.dry_run:
         raise UserError(fault)
-    with explaining_shortage(memory_remedies(config, device, len(rows), longest, recompute), config.output_dir):
-        train_adapter(config, tokenizer, device, train, rows, held_out, targets, run, started)
+    if fault:
+        say(f"warning: {fault}")
+    return device, recompute, targets, longest
 
 
-def train_adapter(config, tokenizer, device: Device, train, rows, held_out, targets, run: dict, started: float) -> None:
-    """Train on `train`, which is `rows` or packs of them, and save the result."""
+def begin_run(config: FinetuneConfig, run: dict, held_out: Dataset | None) -> Path | None:
+    """Make `output_dir` ready. Returns the checkpoint to go on from; raises UserError where that is another run's."""
     checkpoint = None
     if config.resume:
         if faults := resume_faults(config.output_dir / "finetune_config.json", run):
@@ -1878,25 +1833,11 @@ def train_adapter(config, tokenizer, device: Device, train, rows, held_out, targ
         with replacing(config.output_dir / "held_out.jsonl") as file:
             for row in held_out or []:
                 file.write(json.dumps({key: row[key] for key in ("input_ids", "labels")}) + "\n")
+    return checkpoint
 
-    import torch
 
-    torch.manual_seed(config.seed)
-    # before the model, for ZeRO-3
-    args = training_args(config, device, len(train), held_out is not None, run["gradient_checkpointing"])
-    trainer = build_trainer(config, args, load_model(config, device), tokenizer, train, held_out, targets, run)
-    trainer.rows = rows
-    if config.deepspeed and not (trainer.is_deepspeed_enabled and args.world_size == process_count()):
-        raise UserError("--deepspeed: the engine is not at work in this run; leave it out for plain data parallelism")
-    start_tracking(config, run)
-    judged = list(held_out) if held_out is not None and (is_main_process() or config.deepspeed) else []
-    before = held_out_loss(trainer.model, judged, tokens_per_forward=1024)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    check_finite(trainer.model)
-    after = held_out_loss(trainer.model, judged, tokens_per_forward=1024)
-    if not is_main_process():
-        return
-    run["result"] = {"loss_before": before, "loss_after": after, "best_checkpoint": trainer.state.best_model_checkpoint}
+def save_result(config: FinetuneConfig, trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, run: dict) -> None:
+    """Write the adapter of the best checkpoint with all that belongs to it, the Trainer's state and the loss curve."""
     with replacing(config.output_dir / "trainer_state.json") as file:
         trainer.state.save_to_json(file.name)
     draw_loss_curve(trainer.state.log_history, config.output_dir / "loss_curve.png")
@@ -1908,6 +1849,59 @@ def train_adapter(config, tokenizer, device: Device, train, rows, held_out, targ
             write_resolved(config, partial / "resolved.yaml")
     with replacing_folder(config.tokenizer_dir) as partial:
         tokenizer.save_pretrained(partial)
+
+
+def main(config: FinetuneConfig) -> None:
+    if is_main_process() and (faults := file_faults(config)):
+        raise UserError("\n".join(faults))
+    started = time.monotonic()
+    if config.local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
+    quiet_libraries()
+    tokenizer, model_config = open_model(config)
+
+    from datasets.config import HF_DATASETS_CACHE
+
+    sha256 = sha256_of(Path(config.dataset_path))
+    shortage = explaining_shortage(f"memory ran out while {config.dataset_path} was read", Path(HF_DATASETS_CACHE))
+    with shortage, first_process_first():
+        rows, held_out, ledger, digests = prepare_data(config, tokenizer, sha256)
+    if is_main_process():
+        print(f"{config.dataset_path}:")
+        show_ledger(ledger)
+        print(f"\nthe first training example ({rows[0]['where']}):\n{preview(rows[0], tokenizer)}\n", flush=True)
+
+    packed = rows
+    if config.packing:
+        from trl import pack_dataset
+
+        packed = pack_dataset(rows.select_columns(["input_ids", "labels"]), config.max_seq_length, "bfd")
+    device, recompute, targets, longest = plan_run(config, model_config, packed)
+    if config.dry_run:
+        return
+    run = run_record(config, tokenizer, model_config, sha256, ledger, digests)
+    run |= {"dtype": device.dtype, "gradient_checkpointing": recompute}
+    with explaining_shortage(memory_remedies(config, device, len(rows), longest, recompute), config.output_dir):
+        checkpoint = begin_run(config, run, held_out)
+        import torch
+
+        torch.manual_seed(config.seed)
+        args = training_args(config, device, len(packed), held_out is not None, recompute)  # ZeRO-3: before the model
+        trainer = build_trainer(config, args, load_model(config, device), tokenizer, packed, held_out, targets, run)
+        trainer.rows = rows
+        if config.deepspeed and not (trainer.is_deepspeed_enabled and args.world_size == process_count()):
+            raise UserError("--deepspeed: the engine is not at work in this run; leave it out for plain training")
+        start_tracking(config, run)
+        judged = list(held_out) if held_out is not None and (is_main_process() or config.deepspeed) else []
+        before = held_out_loss(trainer.model, judged, tokens_per_forward=1024)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        check_finite(trainer.model)
+        after = held_out_loss(trainer.model, judged, tokens_per_forward=1024)
+        if not is_main_process():
+            return
+        best = trainer.state.best_model_checkpoint
+        run["result"] = {"loss_before": before, "loss_after": after, "best_checkpoint": best}
+        save_result(config, trainer, tokenizer, run)
 
     if config.demo:
         show_demo_answers(trainer.model, tokenizer, config)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -109,8 +110,10 @@ def bare_loop(model_folder: Path, folder: Path, four_bit: bool) -> tuple[float, 
         model_name=str(model_folder), dataset_path=str(folder / "data/train.jsonl"), eval_ratio=0, max_seq_length=512
     )
     device = qwen.find_device(four_bit)
-    with tempfile.TemporaryDirectory() as cache:
-        rows = list(qwen.prepare_data(config, AutoTokenizer.from_pretrained(model_folder), cache)[0])
+    if device.kind == "cpu":  # as qwen_finetuning.py chooses for this model
+        device = dataclasses.replace(device, attention="by_rows")
+    version = qwen.sha256_of(Path(config.dataset_path))
+    rows = list(qwen.prepare_data(config, AutoTokenizer.from_pretrained(model_folder), version)[0])
     model = get_peft_model(qwen.load_model(config, device), LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
     qwen.cast_adapter(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
@@ -131,9 +134,9 @@ def bare_loop(model_folder: Path, folder: Path, four_bit: bool) -> tuple[float, 
             labels = torch.tensor([label for row in batch for label in row["labels"]])
             labels[positions == 0] = -100
             places = (labels[1:] != -100).nonzero().flatten()
-            logits = model(
-                input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=places
-            ).logits[0]
+            starts = torch.tensor([*(positions == 0).nonzero().flatten(), len(ids)], dtype=torch.int32)
+            inputs = {"input_ids": ids[None], "position_ids": positions[None], "cu_seq_lens_q": starts}
+            logits = model(**inputs, use_cache=False, logits_to_keep=places).logits[0]
             loss = torch.nn.functional.cross_entropy(logits.float(), labels[places + 1], reduction="sum") / supervised
             loss.backward()
             losses[-1] += loss.item()

@@ -434,22 +434,18 @@ def values_replaced(record: object, number: random.Random) -> object:
 
 def dataset_trial(folder: Path, number: random.Random, adapter: Path) -> None:
     """Rubbish in one line of a dataset costs no row of another line, and nothing but UserError is raised."""
-    from collections import Counter
-
     lines = [json.dumps(record, ensure_ascii=False).encode() for record in records(6)]
     place = number.randrange(6)
     bad = mutated(lines[place], number).replace(b"\n", b" ").replace(b"\r", b" ")
     lines[place] = bad if place else bad.lstrip(b"\xff\xfe[ \t")  # in the first line they speak for the whole file
     (folder / "data.jsonl").write_bytes(b"\n".join(lines))
-    ledger = Counter()
-    config = qwen.FinetuneConfig(dataset_path=str(folder / "data.jsonl"))
-    rows = list(qwen.checked_rows(config, ledger, []))
-    found = {row["messages"][1]["content"] for row in rows}
+    rows = list(qwen.checked_rows(str(folder / "data.jsonl"), "system"))
+    found = {row["messages"][1]["content"] for row in rows if not row["state"]}
     assert {record["instruction"] for i, record in enumerate(records(6)) if i != place} <= found
     array = mutated(json.dumps(records(6), indent=1).encode(), number)
     (folder / "data.json").write_bytes(array)
-    config.dataset_path = str(folder / "data.json")
-    list(qwen.checked_rows(config, ledger, []))
+    for row in [*rows, *qwen.checked_rows(str(folder / "data.json"), "system")]:
+        row["state"].encode()  # as the dataset's table will hold it
 
 
 def yaml_trial(folder: Path, number: random.Random, adapter: Path) -> None:
@@ -493,7 +489,7 @@ def record_trial(folder: Path, number: random.Random, adapter: Path) -> None:
 
     script.explaining = stop_at_weights
     try:
-        if not script.model_faults(str(copy)):
+        if not script.model_fault(str(copy)):
             script.load_chat_model(str(copy), None, False)
     except script.UserError as error:
         assert "\n" not in str(error)
@@ -518,7 +514,7 @@ def adapter_trial(folder: Path, number: random.Random, adapter: Path) -> None:
             (copy / name).write_bytes(data[: number.randrange(len(data))] if act == 1 else mutated(data, number))
     script = load_script("inference")
     try:
-        if not script.model_faults(str(copy)):
+        if not script.model_fault(str(copy)):
             script.load_chat_model(str(copy), None, False)
     except script.UserError as error:
         assert "\n" not in str(error)

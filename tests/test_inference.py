@@ -190,14 +190,14 @@ def test_a_base_with_weights_missing_is_not_filled_with_random_numbers(tiny_qwen
 
 
 def test_what_is_no_model_is_said_before_anything_is_loaded(tiny_qwen2, tmp_path):
-    faults = load_script("inference").model_faults
+    fault = load_script("inference").model_fault
     data = write_jsonl(tmp_path / "rows.jsonl", [{"input": "a", "output": "b"}])
-    assert "is a file; --model takes" in faults(str(data))[0]
-    assert "no such folder. Train one" in faults(str(tmp_path / "gone"))[0]
-    assert "no *.safetensors" in faults(str(tmp_path))[0]
+    assert "is a file; --model takes" in fault(str(data))
+    assert "no such folder. Train one" in fault(str(tmp_path / "gone"))
+    assert "no *.safetensors" in fault(str(tmp_path))
     (tmp_path / "x.safetensors").touch()
-    assert "neither adapter_config.json nor config.json" in faults(str(tmp_path))[0]
-    assert faults(str(tiny_qwen2)) == faults("Qwen/Qwen2.5-7B-Instruct") == []
+    assert "neither adapter_config.json nor config.json" in fault(str(tmp_path))
+    assert fault(str(tiny_qwen2)) == fault("Qwen/Qwen2.5-7B-Instruct") == ""
 
 
 def test_mistakes_end_with_a_line_and_the_right_code(tiny_qwen2, tmp_path):

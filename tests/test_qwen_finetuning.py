@@ -203,7 +203,7 @@ def prepare(tmp_path: Path, lines: list[str], **settings):
     """`prepare_data` on a file with these lines."""
     (tmp_path / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
     config = qwen.FinetuneConfig(dataset_path=str(tmp_path / "data.jsonl"), system_prompt="", **settings)
-    return qwen.prepare_data(config, build_tokenizer(), str(tmp_path / "cache"))
+    return qwen.prepare_data(config, build_tokenizer(), qwen.sha256_of(tmp_path / "data.jsonl"))
 
 
 def test_the_ledger_counts_every_row_once(tmp_path):
@@ -245,28 +245,28 @@ def test_bad_rows_stop_the_run_by_name(tmp_path):
 
 
 def test_what_was_prepared_is_read_again_until_something_changes(tmp_path, monkeypatch):
-    data, tokenizer, prepared = write_jsonl(tmp_path / "data.jsonl", records(30)), build_tokenizer(), []
-    work = qwen.prepare_data
-    monkeypatch.setattr(qwen, "prepare_data", lambda *args: prepared.append(args) or work(*args))
+    data, tokenizer = write_jsonl(tmp_path / "data.jsonl", records(30)), build_tokenizer()
+    read, encoded = [], []
+    for name, calls in (("dataset_rows", read), ("encode_conversation", encoded)):
+        work = getattr(qwen, name)
+        monkeypatch.setattr(qwen, name, lambda *args, work=work, calls=calls: calls.append(args) or work(*args))
 
     def rows_of(**settings) -> list:
         config = qwen.FinetuneConfig(dataset_path=str(data), **settings)
-        train, held_out, ledger, digests = qwen.prepared_data(config, tokenizer, qwen.sha256_of(data))
+        train, held_out, ledger, digests = qwen.prepare_data(config, tokenizer, qwen.sha256_of(data))
         return [train.to_list(), held_out.to_list(), ledger, digests]
 
     first = rows_of()
-    assert rows_of() == first == rows_of(learning_rate=1.0) and len(prepared) == 1
+    assert rows_of() == first == rows_of(learning_rate=1.0)
+    assert rows_of(split_seed=1) != first and (len(read), len(encoded)) == (1, 30)
     rows_of(max_seq_length=1000)
-    rows_of(split_seed=1)
-    assert len(prepared) == 3
+    assert (len(read), len(encoded)) == (1, 60)
     write_jsonl(data, records(31))
-    assert rows_of()[2]["rows_read"] == 31 and len(prepared) == 4
+    assert rows_of()[2]["rows_read"] == 31 and (len(read), len(encoded)) == (2, 91)
     tokenizer.chat_template += "\n"
     rows_of()
-    assert len(prepared) == 5
-    assert not [
-        path for path in Path(os.environ["HF_DATASETS_CACHE"], "qwen_finetuning").iterdir() if "tmp" in path.name
-    ]
+    rows_of(system_prompt="other")
+    assert (len(read), len(encoded)) == (3, 153)
 
 
 def test_arrays_and_byte_order_marks_are_read(tmp_path):
@@ -348,7 +348,7 @@ def test_the_loss_on_a_cpu_is_the_one_that_trl_computes(tmp_path, tiny_qwen2):
             torch.nn.init.normal_(parameter, std=0.1)
     batch = trainer.data_collator([rows[i] for i in range(3)])
     found = []
-    for compute, attention in ((type(trainer).compute_loss, "eager"), (SFTTrainer.compute_loss, "sdpa")):
+    for compute, attention in ((type(trainer).compute_loss, "by_rows"), (SFTTrainer.compute_loss, "sdpa")):
         trainer.model.get_base_model().set_attn_implementation(attention)
         for count in (None, torch.tensor(50)):
             trainer.model.zero_grad()
@@ -442,7 +442,6 @@ def test_4_bit_training_goes_on_learning_after_evaluations(tmp_path, tiny_qwen2,
 def test_device_policy(facts, wanted):
     device = qwen.device_policy(*facts)
     assert (device.dtype, device.four_bit, device.attention, device.device_map) == wanted
-    assert ("plain LoRA" in device.note) == (facts[0] == "mps")
 
 
 def test_each_process_takes_its_own_gpu():
@@ -450,11 +449,31 @@ def test_each_process_takes_its_own_gpu():
     assert qwen.device_policy("cuda", True, True, False, dtype="float32").attention == "sdpa"
 
 
-def test_attention_by_plain_products_is_for_short_rows_in_bfloat16_on_a_cpu():
-    cpu, cuda = (qwen.device_policy(kind, True, False, True) for kind in ("cpu", "cuda"))
-    assert qwen.for_short_rows(cpu, 1024).attention == "eager" and qwen.for_short_rows(cpu, 1025).attention == "sdpa"
-    wide = qwen.device_policy("cpu", False, False, True)
-    assert qwen.for_short_rows(cuda, 100) == cuda and qwen.for_short_rows(wide, 100) == wide
+@pytest.mark.parametrize("longest", [1024, 8])  # by products, and by PyTorch's own attention
+def test_rows_that_attend_one_by_one_get_the_logits_of_each_row_alone(tiny_qwen2, tiny_gpt2, monkeypatch, longest):
+    import torch
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    monkeypatch.setattr(qwen, "ROW_BY_PRODUCTS", longest)
+    AttentionInterface.register("by_rows", qwen.attend_by_rows)
+    rows = [torch.tensor(row["input_ids"]) for row in encoded_rows(4)]
+    starts = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    for folder in (tiny_qwen2, tiny_gpt2):
+        alone = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="by_rows").eval()
+        positions = torch.cat([torch.arange(len(row)) for row in rows])
+        inputs = {"input_ids": torch.cat(rows)[None], "position_ids": positions[None], "cu_seq_lens_q": starts}
+        wanted = torch.cat([alone(row[None]).logits[0] for row in rows])
+        assert torch.allclose(model(**inputs, use_cache=False).logits[0], wanted, atol=1e-5)
+
+
+def test_only_plain_attention_goes_row_by_row():
+    from transformers import Gemma2Config, MistralConfig, Qwen2Config
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 128, "head_dim": 16}
+    kinds = {Qwen2Config: True, MistralConfig: False, Gemma2Config: False}  # the others look through a window
+    assert {kind: qwen.shape_of(kind(**sizes), qwen.FinetuneConfig())[0].plain_attention for kind in kinds} == kinds
 
 
 @pytest.mark.parametrize(
@@ -544,7 +563,7 @@ def test_wrong_files_end_with_1_before_any_weight_is_read(tmp_path, tiny_qwen2):
         (["--dataset_path", "empty.jsonl", "--model_name", "pickle"], "pickle: no *.safetensors"),
         (["--dataset_path", "empty.jsonl", "--model_name", "./gone"], "./gone: no such folder"),
         (["--dataset_path", "empty.jsonl", "--model_name", "seven.jsonl"], "seven.jsonl is a file; a model is"),
-        (["--dataset_path", "empty.jsonl"], "0 rows read, 0 of them usable"),
+        (["--dataset_path", "empty.jsonl"], "empty.jsonl: no rows in it"),
         (["--dataset_path", "seven.jsonl"], "seven.jsonl:7: not JSON"),
         (["--dataset_path", "shape.jsonl"], "shape.jsonl:1: unknown shape"),
         (["--dataset_path", "seven.jsonl", "--model_name", "no/where"], "model no/where can not be loaded"),
@@ -564,7 +583,7 @@ def test_dry_run_reads_no_weights(tmp_path, tiny_qwen2, monkeypatch, capsys):
     run_here(monkeypatch, tmp_path, model, "--dry_run")
     printed = capsys.readouterr().out
     assert "[[It costs" in printed and "3 optimiser steps an epoch, 9 in all" in printed
-    assert "cpu, " in printed and ", eager attention, plain loss at labels, adamw_torch" in printed
+    assert "cpu, float32, by_rows attention, plain loss at labels, adamw_torch" in printed
     assert "memory, estimated" in printed and not (tmp_path / "outputs").exists()
 
 

@@ -55,7 +55,7 @@ def setting(default, help: str, **extra):
 
 
 # What a setting must be: a test of its value, and the words for it.
-POSITIVE = (lambda value: value > 0, "above 0")
+POSITIVE = (lambda value: 0 < value < math.inf, "above 0")
 NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
 PART = (lambda value: 0 < value <= 1, "above 0 and at most 1")
 
@@ -81,7 +81,7 @@ class Config:
 def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
 
-    A field's metadata may hold `flag` (another name on the command line) and `choices`. A tuple takes several values.
+    A field's metadata may hold `choices`; a tuple takes several values.
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
@@ -101,7 +101,7 @@ def settings_parser(config_class: type, description: str) -> argparse.ArgumentPa
         else:
             options |= {"type": kind, "choices": choices, "metavar": None if choices else "VALUE"}
             options["nargs"] = "+" if isinstance(default, tuple) else None
-        parser.add_argument("--" + f.metadata.get("flag", f.name), dest=f.name, **options)
+        parser.add_argument("--" + f.name, **options)
     return parser
 
 
@@ -224,11 +224,12 @@ def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype:
     """
     if dtype == "auto":
         dtype = "bfloat16" if bfloat16 else "float32" if kind == "cpu" else "float16"
+    flash = flash and kind == "cuda" and bfloat16 and dtype != "float32"  # it runs on GPUs that know bfloat16
     return Device(
         kind=kind,
         dtype=dtype,
         four_bit=four_bit and kind != "mps",  # bitsandbytes has no 4-bit layers for Apple's GPUs
-        attention="flash_attention_2" if kind == "cuda" and flash and dtype != "float32" else "sdpa",
+        attention="flash_attention_2" if flash else "sdpa",
         device_map={"": rank if kind == "cuda" else kind},
     )
 
@@ -259,14 +260,14 @@ def explaining(what: str, name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # for a cut or foreign file the libraries raise what they like (SafetensorError, ...)
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        mend = (
-            "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated model, "
-            "log in with 'hf auth login'; or pass a local folder"
-        )
-        mend = "" if os.path.exists(name) else mend  # unlike Path.exists it answers for every text, however long
+        reason, mend = " ".join(str(error).split())[:300].rstrip("."), ""
         if "trust_remote_code" in str(error):  # the library's own text is long, and asks to visit the hub
-            reason, mend = "it brings Python code of its own; read it, and pass --trust_remote_code to run it", ""
+            reason = "it brings Python code of its own; read it, and pass --trust_remote_code to run it"
+        elif not os.path.exists(name):  # unlike Path.exists it answers for every text, however long
+            mend = (
+                "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated "
+                "model, log in with 'hf auth login'; or pass a local folder"
+            )
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
 
 
@@ -441,16 +442,11 @@ def generation_options(config: Config, prompt_length: int) -> dict:
     if config.no_repeat_ngram_size:
         ngrams = NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)
         processors.append(lambda input_ids, scores: ngrams(input_ids[:, prompt_length:], scores))
-    # the model's own generation_config may hold a top_k or penalties; what a person did not ask for is switched off
-    return {
-        "max_new_tokens": config.max_new_tokens,
-        "do_sample": sample,
-        "temperature": config.temperature if sample else None,
-        "top_p": config.top_p if sample else None,
-        "top_k": 0 if sample else None,
-        "repetition_penalty": 1.0,
-        "logits_processor": processors,
-    }
+    # the model's own generation_config may hold any of these; what a person did not ask for is switched off
+    options = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_p": None, "typical_p": None}
+    if sample:
+        options |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    return options | {"max_new_tokens": config.max_new_tokens, "do_sample": sample, "logits_processor": processors}
 
 
 # Same in: chat.py, inference.py
@@ -520,6 +516,7 @@ class Conversation:
                 self.turns.append({"role": "assistant", "content": answer})
             else:  # a question without an answer would leave two of one role in a row
                 self.turns.pop()
+                print("[no answer; the question is forgotten]", file=sys.stderr)
 
     def compare(self) -> None:
         """The base model's answer to the last question, streamed; it does not join the conversation."""
@@ -541,12 +538,10 @@ class Conversation:
 
         same = len(os.path.commonprefix([self.read, ids]))  # works on lists of any kind
         same = min(same, len(ids) - 1)  # the last token is read again: its logits begin the answer
-        try:
-            if self.cache is not None:
+        if self.cache is not None:
+            with suppress(RuntimeError):  # layers with a sliding window may not go back
                 self.cache.crop(same - len(self.read))
                 return self.cache
-        except RuntimeError:  # layers with a sliding window may not go back
-            pass
         return DynamicCache(config=self.model.config)
 
     def generate(self, ids: list[int], reuse: bool) -> str:
@@ -616,6 +611,8 @@ def obey(line: str, talk: Conversation) -> None:
 
 
 def main(config: Config) -> None:
+    if not sys.stdin:
+        raise UserError("chat.py needs a terminal, or a pipe on stdin")
     if fault := model_fault(config.model):
         raise UserError(fault)
     quiet_libraries()
@@ -625,8 +622,7 @@ def main(config: Config) -> None:
 
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  line editing and history for input()
-    if sys.stdin:
-        sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end a conversation
+    sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end a conversation
     torch.manual_seed(config.seed)
     system = run.get("system_prompt", "") if config.system_prompt is None else config.system_prompt
     talk = Conversation(model, tokenizer, config, system)

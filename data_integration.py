@@ -5,7 +5,7 @@
 
 Reads   my_dataset.json and two datasets; each may be a hub id, or a local file or folder (.json, .jsonl, .parquet).
         With --input only that one (no network is needed), in its own order.
-Writes  mixed_finetune_dataset.jsonl:  {"instruction": "...", "input": "", "output": "...", "source": "SlimOrca"}
+Writes  mixed_finetune_dataset.jsonl:  {"instruction": "...", "input": "", "output": "...", "source": "my.jsonl"}
         mixed_finetune_dataset.jsonl.rejected.jsonl:  {"file": "my.jsonl", "line": 7, "reason": "empty answer"}
         data/parts/*.sqlite: the converted rows of each source, from which an interrupted build goes on. The whole
         folder may be deleted when the mix is done.
@@ -83,7 +83,7 @@ class Config:
 def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
 
-    A field's metadata may hold `flag` (another name on the command line) and `choices`. A tuple takes several values.
+    A field's metadata may hold `choices`; a tuple takes several values.
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
@@ -103,7 +103,7 @@ def settings_parser(config_class: type, description: str) -> argparse.ArgumentPa
         else:
             options |= {"type": kind, "choices": choices, "metavar": None if choices else "VALUE"}
             options["nargs"] = "+" if isinstance(default, tuple) else None
-        parser.add_argument("--" + f.metadata.get("flag", f.name), dest=f.name, **options)
+        parser.add_argument("--" + f.name, **options)
     return parser
 
 
@@ -114,6 +114,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
         ratios_of(config.ratios, RATIOS)
     except ValueError as error:
         parser.error(str(error))
+    if config.input and config.output_file != Path(OUTPUT_FILE):
+        parser.error("--output_file is for the mix; with --input pass --output")
     if config.input is None and (config.output or config.format != "auto"):
         parser.error("--output and --format go with --input; the mix goes to --output_file")
     if config.total_samples < 1:
@@ -166,7 +168,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | None, str]]:
             file.seek(0)
             items = list(read_array(path, text))
             # lines that merely begin with a bracket are no array: read them one by one
-            if path.suffix == ".json" or not items or not items[-1][2]:
+            array = any(record for _, record, _ in items) and not items[-1][2].startswith("text behind")
+            if path.suffix == ".json" or array or not items:
                 yield from items
                 return
         for number, line in enumerate(file, start=1):
@@ -184,21 +187,29 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | None, str]]:
 
 # Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
 def read_array(path: Path, text: str) -> Iterator[tuple[str, dict | None, str]]:
-    """`read_rows` for the text of one JSON array. Where it is damaged, it ends with a fault."""
-    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
-    position, line = gap.match(text, text.index("[") + 1).end(), 1 + text.count("\n", 0, text.index("["))
+    """`read_rows` for the text of one JSON array. In a .json file it goes on after a damaged element, at the next line
+    that begins an object; what stands behind the array is a fault too.
+    """
+    decode, gap, anew = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), re.compile(r"\n[\s,]*(?=\{)")
     counted = text.index("[")
+    line, position = 1 + text.count("\n", 0, counted), gap.match(text, counted + 1).end()
     while not text.startswith("]", position):
         line, counted = line + text.count("\n", counted, position), position
         try:
             record, end = decode(text, position)
+            good = isinstance(record, dict)
+            fault = "" if good else f"expected an object, found {type(record).__name__}"
+            yield f"{path}:{line}", record if good else None, fault
+            position = gap.match(text, end).end()
         except (ValueError, RecursionError) as error:
-            yield f"{path}:{line}", None, f"not JSON ({error}); nothing after it could be read"
-            return
-        good = isinstance(record, dict)
-        fault = "" if good else f"expected an object, found {type(record).__name__}"
-        yield f"{path}:{line}", record if good else None, fault
-        position = gap.match(text, end).end()
+            found = path.suffix == ".json" and anew.search(text, position + 1)
+            yield f"{path}:{line}", None, f"not JSON ({error})" + ("" if found else "; nothing after it could be read")
+            if not found:
+                return
+            position = found.end()
+    if text[position + 1 :].strip():
+        line += text.count("\n", counted, gap.match(text, position + 1).end())
+        yield f"{path}:{line}", None, "text behind the array; a file holds one array, or one object a line"
 
 
 # Same in: data_integration.py, data_set_generation.py, evaluate.py, merge_model.py, qwen_finetuning.py
@@ -224,6 +235,7 @@ def files_of(path: str) -> list[str]:
     if Path(path).exists():
         found = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
         files = [str(file) for file in found if file.suffix in SUFFIXES and file.is_file()]
+        files = [file for file in files if not file.endswith(".rejected.jsonl")]  # of an earlier build
     elif path.endswith(SUFFIXES) or path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"{path}: no such file or folder")
     else:
@@ -259,8 +271,8 @@ def rows_of_files(files: list[str]) -> Iterator[tuple[str, dict | None, str]]:
         datasets.config.STREAMING_READ_MAX_RETRIES = 60  # five seconds apart: a dropped connection may last 5 minutes
         number, kind = 0, "parquet" if file.endswith(".parquet") else "json"
         try:
-            for record in datasets.load_dataset(kind, data_files=file, split="train", streaming=True):
-                number += 1
+            rows = datasets.load_dataset(kind, data_files=file, split="train", streaming=True)
+            for number, record in enumerate(rows, start=1):
                 yield f"{file}:{number}", record, ""
         except Exception as error:  # pyarrow and the hub's client raise a dozen kinds; no code of ours runs in here
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -307,9 +319,9 @@ def messages_of(record: dict, system_prompt: str = "") -> list[dict[str, str]]:
     >>> messages_of({"instruction": "解释LoRA", "input": "一句话", "output": "低秩微调"})
     [{'role': 'user', 'content': '解释LoRA\\n补充信息：一句话'}, {'role': 'assistant', 'content': '低秩微调'}]
     """
-    if "messages" in record:
+    if record.get("messages") is not None:  # in a table every row has every column
         turns = turns_of(record["messages"], "messages", "role", "content")
-    elif "conversations" in record:
+    elif record.get("conversations") is not None:
         turns = turns_of(record["conversations"], "conversations", "from", "value")
     else:
         answer = "response" if "output" not in record and "response" in record else "output"
@@ -323,9 +335,7 @@ def messages_of(record: dict, system_prompt: str = "") -> list[dict[str, str]]:
             raise ValueError(f"instruction and input are {[type(part).__name__ for part in parts]}, not text")
         turns = [("user", "\n补充信息：".join(part for part in parts if part)), ("assistant", record[answer])]
 
-    system = record.get("system")
-    if system is None:
-        system = system_prompt
+    system = system_prompt if record.get("system") is None else record["system"]
     if turns and turns[0][0] == "system":
         system = turns.pop(0)[1]
     messages = [{"role": "system", "content": system}] if system else []
@@ -369,7 +379,7 @@ def training_record(row: dict) -> dict:
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
     if len(messages) > 2:
         record = {"messages": messages}
-    elif row.get("instruction") and "messages" not in row and "conversations" not in row:
+    elif row.get("instruction") and row.get("messages") is None and row.get("conversations") is None:
         record = {"instruction": row["instruction"], "input": row.get("input") or "", "output": messages[1]["content"]}
     else:
         record = {"instruction": messages[0]["content"], "input": "", "output": messages[1]["content"]}
@@ -664,9 +674,9 @@ def build(sources: list[Source], ratios: dict[str, float], config: Config) -> No
     parts = {}
     try:
         parts = open_parts([source for source in sources if not ratios.keys().isdisjoint(source.shares)], config)
-        for file in (file for part in parts.values() for file in part.files):
-            if config.output_file.exists() and Path(file).exists() and config.output_file.samefile(file):
-                raise UserError(f"{file} is a source. Pass another --output_file.")
+        files = [file for part in parts.values() for file in part.files if Path(file).exists()]
+        if config.output_file.exists() and any(map(config.output_file.samefile, files)):
+            raise UserError(f"{config.output_file} is a source. Pass another --output_file.")
         mix = Mix(parts, ratios, config.strict)
         with tqdm(total=config.total_samples, unit=" rows", smoothing=0.05) as bar:
             written = mix.take(config.total_samples, bar)
@@ -695,14 +705,15 @@ def build(sources: list[Source], ratios: dict[str, float], config: Config) -> No
 def convert_file(config: Config) -> None:
     """Convert and check one file or folder; its order stays, exact duplicates go. UserError without a good row."""
     output = config.output or Path("data/processed") / (config.input.stem + ".jsonl")
-    if not config.input.exists():
-        raise UserError(f"{config.input}: no such file or folder")
-    if output.exists() and output.samefile(config.input):
-        raise UserError(f"{output} is the input itself. Pass another --output.")
     written, duplicate, rejected = set(), 0, []
     try:
+        if not config.input.exists():
+            raise UserError(f"{config.input}: no such file or folder")
+        files = files_of(str(config.input))
+        if output.exists() and any(map(output.samefile, files)):
+            raise UserError(f"{output} is the input itself, or in it. Pass another --output.")
         with replacing(output) as file:
-            rows = rows_of_files(files_of(str(config.input)))
+            rows = rows_of_files(files)
             convert = lambda row: training_record(only(row, config.format))
             for place, record, key, fault in converted_rows(rows, convert, config.seed):
                 if fault and config.strict:

@@ -5,13 +5,13 @@
 
 Reads   my_dataset.json and three datasets; each may be a hub id, or a local file or folder (.json, .jsonl, .parquet).
         StackExchange is sorted by KEYWORDS into AI, integrated circuits (IC) and biomedicine.
-Writes  mixed_finetune_dataset.jsonl:  {"instruction": "...", "input": "", "output": "...", "source": "SlimOrca"}
+Writes  mixed_finetune_dataset.jsonl:  {"instruction": "...", "input": "", "output": "...", "source": "my.jsonl"}
         mixed_finetune_dataset.jsonl.rejected.jsonl:  {"file": "my.jsonl", "line": 7, "reason": "empty answer"}
         data/parts/*.sqlite: the converted rows of each source, from which an interrupted build goes on. The whole
         folder may be deleted when the mix is done.
 
 No row is used twice: where a source has too few, the others share the gap. The same inputs and seed give the same
-bytes. It judges no row's content, and does not look for near-duplicates.
+bytes. Beyond the keywords and --min_score it judges no row's content; it does not look for near-duplicates.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Config:
 def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
 
-    A field's metadata may hold `flag` (another name on the command line) and `choices`. A tuple takes several values.
+    A field's metadata may hold `choices`; a tuple takes several values.
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
@@ -134,7 +134,7 @@ def settings_parser(config_class: type, description: str) -> argparse.ArgumentPa
         else:
             options |= {"type": kind, "choices": choices, "metavar": None if choices else "VALUE"}
             options["nargs"] = "+" if isinstance(default, tuple) else None
-        parser.add_argument("--" + f.metadata.get("flag", f.name), dest=f.name, **options)
+        parser.add_argument("--" + f.name, **options)
     return parser
 
 
@@ -210,7 +210,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | None, str]]:
             file.seek(0)
             items = list(read_array(path, text))
             # lines that merely begin with a bracket are no array: read them one by one
-            if path.suffix == ".json" or not items or not items[-1][2]:
+            array = any(record for _, record, _ in items) and not items[-1][2].startswith("text behind")
+            if path.suffix == ".json" or array or not items:
                 yield from items
                 return
         for number, line in enumerate(file, start=1):
@@ -228,21 +229,29 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | None, str]]:
 
 # Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
 def read_array(path: Path, text: str) -> Iterator[tuple[str, dict | None, str]]:
-    """`read_rows` for the text of one JSON array. Where it is damaged, it ends with a fault."""
-    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
-    position, line = gap.match(text, text.index("[") + 1).end(), 1 + text.count("\n", 0, text.index("["))
+    """`read_rows` for the text of one JSON array. In a .json file it goes on after a damaged element, at the next line
+    that begins an object; what stands behind the array is a fault too.
+    """
+    decode, gap, anew = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), re.compile(r"\n[\s,]*(?=\{)")
     counted = text.index("[")
+    line, position = 1 + text.count("\n", 0, counted), gap.match(text, counted + 1).end()
     while not text.startswith("]", position):
         line, counted = line + text.count("\n", counted, position), position
         try:
             record, end = decode(text, position)
+            good = isinstance(record, dict)
+            fault = "" if good else f"expected an object, found {type(record).__name__}"
+            yield f"{path}:{line}", record if good else None, fault
+            position = gap.match(text, end).end()
         except (ValueError, RecursionError) as error:
-            yield f"{path}:{line}", None, f"not JSON ({error}); nothing after it could be read"
-            return
-        good = isinstance(record, dict)
-        fault = "" if good else f"expected an object, found {type(record).__name__}"
-        yield f"{path}:{line}", record if good else None, fault
-        position = gap.match(text, end).end()
+            found = path.suffix == ".json" and anew.search(text, position + 1)
+            yield f"{path}:{line}", None, f"not JSON ({error})" + ("" if found else "; nothing after it could be read")
+            if not found:
+                return
+            position = found.end()
+    if text[position + 1 :].strip():
+        line += text.count("\n", counted, gap.match(text, position + 1).end())
+        yield f"{path}:{line}", None, "text behind the array; a file holds one array, or one object a line"
 
 
 # Same in: data_integration.py, data_set_generation.py, evaluate.py, merge_model.py, qwen_finetuning.py
@@ -268,6 +277,7 @@ def files_of(path: str) -> list[str]:
     if Path(path).exists():
         found = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
         files = [str(file) for file in found if file.suffix in SUFFIXES and file.is_file()]
+        files = [file for file in files if not file.endswith(".rejected.jsonl")]  # of an earlier build
     elif path.endswith(SUFFIXES) or path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"{path}: no such file or folder")
     else:
@@ -303,8 +313,8 @@ def rows_of_files(files: list[str]) -> Iterator[tuple[str, dict | None, str]]:
         datasets.config.STREAMING_READ_MAX_RETRIES = 60  # five seconds apart: a dropped connection may last 5 minutes
         number, kind = 0, "parquet" if file.endswith(".parquet") else "json"
         try:
-            for record in datasets.load_dataset(kind, data_files=file, split="train", streaming=True):
-                number += 1
+            rows = datasets.load_dataset(kind, data_files=file, split="train", streaming=True)
+            for number, record in enumerate(rows, start=1):
                 yield f"{file}:{number}", record, ""
         except Exception as error:  # pyarrow and the hub's client raise a dozen kinds; no code of ours runs in here
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -351,9 +361,9 @@ def messages_of(record: dict, system_prompt: str = "") -> list[dict[str, str]]:
     >>> messages_of({"instruction": "解释LoRA", "input": "一句话", "output": "低秩微调"})
     [{'role': 'user', 'content': '解释LoRA\\n补充信息：一句话'}, {'role': 'assistant', 'content': '低秩微调'}]
     """
-    if "messages" in record:
+    if record.get("messages") is not None:  # in a table every row has every column
         turns = turns_of(record["messages"], "messages", "role", "content")
-    elif "conversations" in record:
+    elif record.get("conversations") is not None:
         turns = turns_of(record["conversations"], "conversations", "from", "value")
     else:
         answer = "response" if "output" not in record and "response" in record else "output"
@@ -367,9 +377,7 @@ def messages_of(record: dict, system_prompt: str = "") -> list[dict[str, str]]:
             raise ValueError(f"instruction and input are {[type(part).__name__ for part in parts]}, not text")
         turns = [("user", "\n补充信息：".join(part for part in parts if part)), ("assistant", record[answer])]
 
-    system = record.get("system")
-    if system is None:
-        system = system_prompt
+    system = system_prompt if record.get("system") is None else record["system"]
     if turns and turns[0][0] == "system":
         system = turns.pop(0)[1]
     messages = [{"role": "system", "content": system}] if system else []
@@ -413,7 +421,7 @@ def training_record(row: dict) -> dict:
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
     if len(messages) > 2:
         record = {"messages": messages}
-    elif row.get("instruction") and "messages" not in row and "conversations" not in row:
+    elif row.get("instruction") and row.get("messages") is None and row.get("conversations") is None:
         record = {"instruction": row["instruction"], "input": row.get("input") or "", "output": messages[1]["content"]}
     else:
         record = {"instruction": messages[0]["content"], "input": "", "output": messages[1]["content"]}
@@ -474,10 +482,11 @@ def convert_stackexchange(row: dict, matcher: KeywordMatcher, min_score: int) ->
     if not domains:
         return None
     metadata = row.get("metadata")  # addresses of the question, the site and the asker
-    links = [link for link in metadata if isinstance(link, str)] if isinstance(metadata, list) else []
+    links = [*metadata, *[None] * 3] if isinstance(metadata, list) else [None] * 3
+    address, _, asker = (link if isinstance(link, str) and link else "unknown" for link in links[:3])
     who = [best.get("author"), best.get("author_profile")]
-    author = " ".join(text for text in who if isinstance(text, str) and text)
-    credit = f"{links[0] if links else 'no address'} answer by {author or 'unknown'}, CC BY-SA"
+    author = " ".join(text for text in who if isinstance(text, str) and text) or "unknown"
+    credit = f"{address} question by {asker}, answer by {author}, CC BY-SA"
     source = f"HuggingFaceH4/stack-exchange-preferences {credit}"
     question, answer = markdown_of(question), markdown_of(best["text"])
     return {"instruction": question, "input": "", "output": answer, "source": source, "shares": domains}
@@ -545,7 +554,7 @@ class KeywordMatcher:
 
 BLOCKS = {"html", "body", "p", "div", "pre", "ul", "ol", "li", "blockquote", "table", "hr", "dl", "dt", "dd"}
 BLOCKS |= {"h1", "h2", "h3", "h4", "h5", "h6"}
-SPACE, LINE_BREAK, TAG = re.compile(r"\s+"), re.compile(r" *\n *"), re.compile(r"<[^>]*>")
+SPACE, LINE_BREAK, TAG = re.compile(r"\s+"), re.compile(r" *\n *"), re.compile(r"<[^<>]*>")
 STRAY = re.compile(r"\0|</?(?:html|body)[^>]*>", re.I)
 MARKS = {"strong": "**", "b": "**", "em": "*", "i": "*", "del": "~~", "s": "~~", "strike": "~~"}
 
@@ -899,9 +908,9 @@ def build(sources: list[Source], ratios: dict[str, float], config: Config) -> No
     parts = {}
     try:
         parts = open_parts([source for source in sources if not ratios.keys().isdisjoint(source.shares)], config)
-        for file in (file for part in parts.values() for file in part.files):
-            if config.output_file.exists() and Path(file).exists() and config.output_file.samefile(file):
-                raise UserError(f"{file} is a source. Pass another --output_file.")
+        files = [file for part in parts.values() for file in part.files if Path(file).exists()]
+        if config.output_file.exists() and any(map(config.output_file.samefile, files)):
+            raise UserError(f"{config.output_file} is a source. Pass another --output_file.")
         mix = Mix(parts, ratios, config.strict)
         with tqdm(total=config.total_samples, unit=" rows", smoothing=0.05) as bar:
             written = mix.take(config.total_samples, bar)

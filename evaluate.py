@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # for annotations only: importing transformers takes seconds,
 
 DATASET = "mixed_finetune_dataset.jsonl"
 UNFINISHED = "predictions.unfinished.jsonl"  # what --resume goes on with
-FEW_ANSWERS = 16  # from here on a 4-bit base is turned into plain layers once; below, that does not pay
+MANY_ANSWERS = 16  # from here on a 4-bit base is turned into plain layers once; below, that does not pay
 HAN = re.compile("([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+)")  # runs of Chinese characters
 # 4 bits as in the training: NF4, double quantisation
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -66,9 +66,10 @@ def setting(default, help: str, **extra):
 
 
 # What a setting must be: a test of its value, and the words for it.
-POSITIVE = (lambda value: value > 0, "above 0")
+POSITIVE = (lambda value: 0 < value < math.inf, "above 0")
 NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
 PART = (lambda value: 0 < value <= 1, "above 0 and at most 1")
+ANY_SEED = (lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Config:
     dataset_path: str | None = setting(None, f"file, folder or hub id; None takes the training's, else {DATASET}")
     output_dir: Path = setting(Path("evaluation_results"), "where the results go")
     eval_ratio: float = setting(0.1, "share of rows where training left no list of held-out ones; 1: all", must=PART)
-    seed: int = setting(42, "which rows that are; with a temperature also the answers")
+    seed: int = setting(42, "which rows are taken; with a temperature, how answers are sampled", must=ANY_SEED)
     limit: int | None = setting(None, "judge by this many rows at most; None for all", must=POSITIVE)
     skip_bad_rows: bool = setting(False, "leave out rows that can not be used, instead of stopping")
     max_seq_length: int | None = setting(
@@ -104,7 +105,7 @@ class Config:
 def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
 
-    A field's metadata may hold `flag` (another name on the command line) and `choices`. A tuple takes several values.
+    A field's metadata may hold `choices`; a tuple takes several values.
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
@@ -124,7 +125,7 @@ def settings_parser(config_class: type, description: str) -> argparse.ArgumentPa
         else:
             options |= {"type": kind, "choices": choices, "metavar": None if choices else "VALUE"}
             options["nargs"] = "+" if isinstance(default, tuple) else None
-        parser.add_argument("--" + f.metadata.get("flag", f.name), dest=f.name, **options)
+        parser.add_argument("--" + f.name, **options)
     return parser
 
 
@@ -175,7 +176,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | None, str]]:
             file.seek(0)
             items = list(read_array(path, text))
             # lines that merely begin with a bracket are no array: read them one by one
-            if path.suffix == ".json" or not items or not items[-1][2]:
+            array = any(record for _, record, _ in items) and not items[-1][2].startswith("text behind")
+            if path.suffix == ".json" or array or not items:
                 yield from items
                 return
         for number, line in enumerate(file, start=1):
@@ -193,21 +195,29 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | None, str]]:
 
 # Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
 def read_array(path: Path, text: str) -> Iterator[tuple[str, dict | None, str]]:
-    """`read_rows` for the text of one JSON array. Where it is damaged, it ends with a fault."""
-    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
-    position, line = gap.match(text, text.index("[") + 1).end(), 1 + text.count("\n", 0, text.index("["))
+    """`read_rows` for the text of one JSON array. In a .json file it goes on after a damaged element, at the next line
+    that begins an object; what stands behind the array is a fault too.
+    """
+    decode, gap, anew = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), re.compile(r"\n[\s,]*(?=\{)")
     counted = text.index("[")
+    line, position = 1 + text.count("\n", 0, counted), gap.match(text, counted + 1).end()
     while not text.startswith("]", position):
         line, counted = line + text.count("\n", counted, position), position
         try:
             record, end = decode(text, position)
+            good = isinstance(record, dict)
+            fault = "" if good else f"expected an object, found {type(record).__name__}"
+            yield f"{path}:{line}", record if good else None, fault
+            position = gap.match(text, end).end()
         except (ValueError, RecursionError) as error:
-            yield f"{path}:{line}", None, f"not JSON ({error}); nothing after it could be read"
-            return
-        good = isinstance(record, dict)
-        fault = "" if good else f"expected an object, found {type(record).__name__}"
-        yield f"{path}:{line}", record if good else None, fault
-        position = gap.match(text, end).end()
+            found = path.suffix == ".json" and anew.search(text, position + 1)
+            yield f"{path}:{line}", None, f"not JSON ({error})" + ("" if found else "; nothing after it could be read")
+            if not found:
+                return
+            position = found.end()
+    if text[position + 1 :].strip():
+        line += text.count("\n", counted, gap.match(text, position + 1).end())
+        yield f"{path}:{line}", None, "text behind the array; a file holds one array, or one object a line"
 
 
 # Same in: data_integration.py, data_set_generation.py, evaluate.py, merge_model.py, qwen_finetuning.py
@@ -246,14 +256,14 @@ def explaining(what: str, name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # for a cut or foreign file the libraries raise what they like (SafetensorError, ...)
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        mend = (
-            "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated model, "
-            "log in with 'hf auth login'; or pass a local folder"
-        )
-        mend = "" if os.path.exists(name) else mend  # unlike Path.exists it answers for every text, however long
+        reason, mend = " ".join(str(error).split())[:300].rstrip("."), ""
         if "trust_remote_code" in str(error):  # the library's own text is long, and asks to visit the hub
-            reason, mend = "it brings Python code of its own; read it, and pass --trust_remote_code to run it", ""
+            reason = "it brings Python code of its own; read it, and pass --trust_remote_code to run it"
+        elif not os.path.exists(name):  # unlike Path.exists it answers for every text, however long
+            mend = (
+                "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated "
+                "model, log in with 'hf auth login'; or pass a local folder"
+            )
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
 
 
@@ -310,9 +320,9 @@ def messages_of(record: dict, system_prompt: str = "") -> list[dict[str, str]]:
     >>> messages_of({"instruction": "解释LoRA", "input": "一句话", "output": "低秩微调"})
     [{'role': 'user', 'content': '解释LoRA\\n补充信息：一句话'}, {'role': 'assistant', 'content': '低秩微调'}]
     """
-    if "messages" in record:
+    if record.get("messages") is not None:  # in a table every row has every column
         turns = turns_of(record["messages"], "messages", "role", "content")
-    elif "conversations" in record:
+    elif record.get("conversations") is not None:
         turns = turns_of(record["conversations"], "conversations", "from", "value")
     else:
         answer = "response" if "output" not in record and "response" in record else "output"
@@ -326,9 +336,7 @@ def messages_of(record: dict, system_prompt: str = "") -> list[dict[str, str]]:
             raise ValueError(f"instruction and input are {[type(part).__name__ for part in parts]}, not text")
         turns = [("user", "\n补充信息：".join(part for part in parts if part)), ("assistant", record[answer])]
 
-    system = record.get("system")
-    if system is None:
-        system = system_prompt
+    system = system_prompt if record.get("system") is None else record["system"]
     if turns and turns[0][0] == "system":
         system = turns.pop(0)[1]
     messages = [{"role": "system", "content": system}] if system else []
@@ -470,6 +478,15 @@ def digest_of(messages: list[dict[str, str]]) -> str:
     return hashlib.sha256(json.dumps(messages, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
+# Same in: evaluate.py, qwen_finetuning.py
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file; "" for a folder or a hub id."""
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def printable(text: str) -> str:
     """`text` without the control characters that could steer a terminal; line breaks and tabs stay."""
@@ -517,7 +534,7 @@ def rows_to_judge(config: Config, run: dict) -> tuple[list[dict], dict]:
     """
     trained = {"path": "", "sha256": ""} | run.get("dataset", {})
     source = config.dataset_path or trained["path"] or DATASET
-    sha256 = hashlib.sha256(Path(source).read_bytes()).hexdigest() if os.path.isfile(source) else ""
+    sha256 = sha256_of(Path(source))
     changed = sha256 != trained["sha256"]
     same = source == trained["path"] or bool(sha256) and not changed
     go_on = config.skip_bad_rows or same and run.get("settings", {}).get("skip_bad_rows", False)
@@ -543,7 +560,7 @@ def split_as_training(rows: list[dict], config: Config) -> list[dict]:
     """The held-out share of `rows`, in the order in which training's split gives it; all of them for a ratio of 1."""
     if config.eval_ratio == 1:
         return rows
-    if len(rows) < 2:  # too few to hold one out
+    if len(rows) <= math.ceil(config.eval_ratio * len(rows)):  # a training would have nothing left
         return []
     from datasets import Dataset
 
@@ -617,11 +634,12 @@ def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype:
     """
     if dtype == "auto":
         dtype = "bfloat16" if bfloat16 else "float32" if kind == "cpu" else "float16"
+    flash = flash and kind == "cuda" and bfloat16 and dtype != "float32"  # it runs on GPUs that know bfloat16
     return Device(
         kind=kind,
         dtype=dtype,
         four_bit=four_bit and kind != "mps",  # bitsandbytes has no 4-bit layers for Apple's GPUs
-        attention="flash_attention_2" if kind == "cuda" and flash and dtype != "float32" else "sdpa",
+        attention="flash_attention_2" if flash else "sdpa",
         device_map={"": rank if kind == "cuda" else kind},
     )
 
@@ -790,7 +808,7 @@ def dequantise_for_many(model: PreTrainedModel, answers: int) -> bool:
     and bitsandbytes 0.50 then dequantises them to rubbish.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if answers < FEW_ANSWERS or not getattr(base, "is_loaded_in_4bit", False):
+    if answers < MANY_ANSWERS or not getattr(base, "is_loaded_in_4bit", False):
         return False
     import psutil
     import torch
@@ -802,7 +820,7 @@ def dequantise_for_many(model: PreTrainedModel, answers: int) -> bool:
         return False
     base.dequantize(dtype)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:  # loaded as float32; the training ended in the compute type, so nothing is lost
+        if "lora_" in name and dtype == torch.bfloat16:  # loaded as float32; it was trained in this, so nothing is lost
             parameter.data = parameter.data.to(dtype)
     return True
 
@@ -815,6 +833,7 @@ def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: 
     only where there is a label, so that a large vocabulary fits.
     """
     import torch
+    from tqdm import tqdm
 
     batches, room = [], 0
     for row in sorted(rows, key=lambda row: len(row["input_ids"])):
@@ -824,15 +843,18 @@ def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: 
         batches[-1].append(row)
     training, total, count = model.training, 0.0, 0
     model.eval()
-    for batch in batches:
+    for batch in tqdm(batches, desc="loss"):
         ids, labels = (torch.tensor(sum((row[key] for row in batch), [])) for key in ("input_ids", "labels"))
         positions = torch.tensor([place for row in batch for place in range(len(row["input_ids"]))])
-        labels[positions == 0] = -100  # nothing of its own row stands before a row's first token
+        starts = positions == 0
+        labels[starts] = -100  # nothing of its own row stands before a row's first token
         places = (labels[1:] != -100).nonzero().flatten()  # the logits at a place are for the token after it
-        starts = torch.tensor([*(positions == 0).nonzero().flatten(), len(ids)], dtype=torch.int32)
-        inputs = {"input_ids": ids[None], "position_ids": positions[None], "cu_seq_lens_q": starts}
-        inputs = {name: tensor.to(model.device) for name, tensor in (inputs | {"logits_to_keep": places}).items()}
+        inputs = {"input_ids": ids[None], "position_ids": positions[None], "logits_to_keep": places}
+        # where rows begin, for layers that do not tell it from the positions
+        inputs["cu_seq_lens_q"] = torch.tensor([*starts.nonzero().flatten(), len(ids)], dtype=torch.int32)
+        inputs["seq_idx"] = starts.cumsum(0, dtype=torch.int32)[None] - 1
         with torch.inference_mode():
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             logits = model(**inputs, use_cache=False).logits[0].float()
             wanted = labels[places + 1].to(model.device)
             total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
@@ -843,18 +865,8 @@ def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: 
 
 def teacher_forced(model: PreTrainedModel, rows: list[dict]) -> dict:
     """`eval_loss` (nats per supervised token of all rows) and `perplexity`; None where there is no such token."""
-    from tqdm import tqdm
-
-    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-    total, count = 0.0, 0
-    for start in tqdm(range(0, len(rows), 64), desc="loss"):  # in parts, to show how far it is
-        part = rows[start : start + 64]
-        tokens = sum(label != -100 for row in part for label in row["labels"][1:])
-        if tokens:
-            total += held_out_loss(model, part) * tokens
-            count += tokens
-    loss = total / count if count else None
-    return {"eval_loss": loss, "perplexity": math.exp(loss) if loss is not None and loss < 700 else None}
+    loss = held_out_loss(model, rows)
+    return {"eval_loss": None if math.isnan(loss) else loss, "perplexity": math.exp(loss) if loss < 700 else None}
 
 
 # ----------------------------------------------------------------------------------------- the answers
@@ -871,16 +883,11 @@ def generation_options(config: Config, prompt_length: int) -> dict:
     if config.no_repeat_ngram_size:
         ngrams = NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)
         processors.append(lambda input_ids, scores: ngrams(input_ids[:, prompt_length:], scores))
-    # the model's own generation_config may hold a top_k or penalties; what a person did not ask for is switched off
-    return {
-        "max_new_tokens": config.max_new_tokens,
-        "do_sample": sample,
-        "temperature": config.temperature if sample else None,
-        "top_p": config.top_p if sample else None,
-        "top_k": 0 if sample else None,
-        "repetition_penalty": 1.0,
-        "logits_processor": processors,
-    }
+    # the model's own generation_config may hold any of these; what a person did not ask for is switched off
+    options = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_p": None, "typical_p": None}
+    if sample:
+        options |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    return options | {"max_new_tokens": config.max_new_tokens, "do_sample": sample, "logits_processor": processors}
 
 
 def generate_batch(model: PreTrainedModel, prompts: list[list[int]], config: Config) -> list[tuple[list[int], str]]:
@@ -1112,8 +1119,8 @@ def table(sides: dict[str, dict]) -> list[list[str]]:
     return [["", *sides]] + [[name, *(shown(scores, name) for scores in sides.values())] for name in names]
 
 
-def histogram(lengths: list[int], limit: int) -> str:
-    """An SVG picture of how many samples have how many tokens; a line shows the limit where it cuts some."""
+def histogram(lengths: list[int], max_seq_length: int) -> str:
+    """An SVG picture of how many samples have how many tokens; a line shows where some are cut."""
     width = max(lengths) // 30 + 1  # tokens a bar, for 30 bars of 20 pixels
     counts = Counter(length // width for length in lengths)
     tallest = max(counts.values())
@@ -1122,15 +1129,15 @@ def histogram(lengths: list[int], limit: int) -> str:
         f"<title>{place * width} to {(place + 1) * width - 1}: {count}</title></rect>"
         for place, count in sorted(counts.items())
     )
-    at = 20 * limit / width
-    cut = f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="110" stroke="red"/>' if limit < max(lengths) else ""
+    at = 20 * max_seq_length / width
+    cut = f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="110" stroke="red"/>' if max_seq_length < max(lengths) else ""
     return (
         f'<svg viewBox="0 0 600 130" width="600" role="img" fill="steelblue">{bars}{cut}<text y="126" font-size="12">0'
         f'</text><text x="600" y="126" font-size="12" text-anchor="end">{30 * width} tokens</text></svg>'
     )
 
 
-def report(title: str, sides: dict[str, dict], lengths: list[int], limit: int, predictions: list[dict]) -> str:
+def report(title: str, sides: dict[str, dict], lengths: list[int], max_seq_length: int, predictions: list[dict]) -> str:
     """One HTML page that needs nothing else. Text of models and data is escaped; scripts and requests are barred."""
 
     def line(cells: list[str], kind: str = "td") -> str:
@@ -1154,7 +1161,7 @@ td {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 <h1>{html.escape(title)}</h1>
 <table>{"".join(line(cells) for cells in table(sides))}</table>
 <h2>Length of the samples</h2>
-{histogram(lengths, limit)}
+{histogram(lengths, max_seq_length)}
 <h2>Answers, lowest score (ROUGE-L) first</h2>
 <table>{rows}</table>
 </body></html>
@@ -1180,15 +1187,15 @@ def path_faults(config: Config, run: dict) -> list[str]:
     return faults
 
 
-def write_results(config: Config, dataset: dict, limit: int, sides: dict, lengths: list[int], predictions: list[dict]):
+def write_results(config: Config, dataset: dict, sides: dict, lengths: list[int], predictions: list[dict]) -> None:
     """Write metrics.json, predictions.jsonl and report.html, and print the scores; `lengths` are sorted, in tokens."""
     p95 = lengths[math.ceil(0.95 * len(lengths)) - 1]
     metrics = {
         "model": config.model,
         "dataset": dataset | {"evaluated": len(predictions)},
-        "max_seq_length": limit,
+        "max_seq_length": config.max_seq_length,
         "length": {"min": lengths[0], "median": statistics.median(lengths), "p95": p95, "max": lengths[-1]},
-        "truncation_rate": statistics.fmean(length > limit for length in lengths),
+        "truncation_rate": statistics.fmean(length > config.max_seq_length for length in lengths),
         **sides["model"],
     }
     if "base" in sides:
@@ -1196,7 +1203,7 @@ def write_results(config: Config, dataset: dict, limit: int, sides: dict, length
     with replacing(config.output_dir / "predictions.jsonl") as file:
         file.write(json_lines(predictions))
     with replacing(config.output_dir / "report.html") as file:
-        file.write(report(f"Evaluation of {config.model}", sides, lengths, limit, predictions))
+        file.write(report(f"Evaluation of {config.model}", sides, lengths, config.max_seq_length, predictions))
     write_json(config.output_dir / "metrics.json", metrics)
     for cells in table(sides):
         print("".join(f"{cell:<26}" for cell in cells).rstrip())
@@ -1211,20 +1218,23 @@ def main(config: Config) -> None:
     rows, dataset = rows_to_judge(config, run)
     library = load_metrics(config.metrics)
     model, tokenizer, _ = load_chat_model(config.model, config.load_in_4bit, config.trust_remote_code)
-    limit = config.max_seq_length or run.get("max_seq_length") or 2048
-    rows = encode_rows(rows, tokenizer, limit, config.skip_bad_rows)
+    config.max_seq_length = config.max_seq_length or run.get("max_seq_length") or 2048
+    rows = encode_rows(rows, tokenizer, config.max_seq_length, config.skip_bad_rows)
     plain_base = dequantise_for_many(model, len(rows) * (1 + config.compare_base))
     say(f"{len(rows)} rows of {dataset['path']}, {model.device.type}" + ", 4-bit base made plain once" * plain_base)
+
+    unfinished, identity = config.output_dir / UNFINISHED, identity_of(config, rows)
+    earlier = earlier_predictions(unfinished, identity) if config.resume else {}
+    try:
+        with replacing(unfinished) as file:  # anew, since the last line of an interrupted one may be cut
+            file.write(json_lines([identity, *earlier.values()]))
+    except OSError as error:
+        raise UserError(f"--output_dir {config.output_dir} can not be written: {error}") from None
 
     sides = {"model": teacher_forced(model, rows)}
     if config.compare_base:
         with model.disable_adapter():
             sides["base"] = teacher_forced(model, rows)
-
-    unfinished, identity = config.output_dir / UNFINISHED, identity_of(config, rows)
-    earlier = earlier_predictions(unfinished, identity) if config.resume else {}
-    with replacing(unfinished) as file:  # anew, since the last line of an interrupted one may be cut
-        file.write(json_lines([identity, *earlier.values()]))
     with open(unfinished, "a", encoding="utf-8", newline="\n") as file:
         predictions = answer_all(model, tokenizer, rows, config, earlier, file)
 
@@ -1235,7 +1245,7 @@ def main(config: Config) -> None:
         sides[side] |= scores
         for row, score in zip(predictions, order, strict=True):
             row[prefix + "score"] = score
-    write_results(config, dataset, limit, plain(sides), sorted(row["tokens"] for row in rows), predictions)
+    write_results(config, dataset, plain(sides), sorted(row["tokens"] for row in rows), predictions)
     unfinished.unlink()
 
 

@@ -1,4 +1,4 @@
-"""Lesson: the smallest honest use of transformers.Trainer, for all weights; and which LoRA rank was enough?
+"""Lesson: the smallest honest use of transformers.Trainer, on every weight; and which LoRA rank was enough?
 
     python hf_finetune_scaffold.py --model models/SmolLM2-135M-Instruct --dynamic_padding     # two CPU cores
     python hf_finetune_scaffold.py --data my_records.jsonl --epochs 3 --gradient_checkpointing
@@ -106,8 +106,8 @@ def load_dataset(path: Path, skip_bad_rows: bool = False) -> Dataset:
     """The records of a JSONL file, line by line. Raises UserError that names the first ten bad ones, as file:line."""
     from datasets import Dataset
 
-    if not path.is_file():
-        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; --data takes a JSONL file.")
+    if not os.path.isfile(path):  # unlike Path.is_file it answers for every text, however long
+        raise UserError(f"{path}: {'a folder' if os.path.isdir(path) else 'no such file'}; --data takes a JSONL file.")
     records, faults = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -116,6 +116,7 @@ def load_dataset(path: Path, skip_bad_rows: bool = False) -> Dataset:
                 texts = {key: record[key] for key in KEYS}
                 if not all(isinstance(text, str) for text in texts.values()) or not texts["output"].strip():
                     raise ValueError("all three must be text, and output not empty")
+                "".join(texts.values()).encode()  # ValueError for half a character, which Arrow can not hold
                 records.append(texts)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             faults.append(f"{path}:{number}: {'missing key' if isinstance(error, KeyError) else 'no record:'} {error}")
@@ -139,8 +140,8 @@ def format_example(example: dict[str, str]) -> str:
 def tokenize_dataset(dataset, tokenizer, max_length: int = 1024, dynamic_padding: bool = False) -> Dataset:
     """Records as input_ids, attention_mask and labels: max_length tokens each or, if dynamic, their own length.
 
-    The prompt carries loss too (in qwen_finetuning.py the answer alone), and so does the EOS at the end. Padding does
-    not (-100): the attention mask tells it, not the id, or where pad equals EOS the ending would lose its label.
+    The prompt carries loss too (in qwen_finetuning.py the answer alone), and so does the EOS at the end. Padding has
+    the label -100. It is found by the attention mask and not by its id: where pad equals EOS, that would be the ending.
     """
     padding = False if dynamic_padding else "max_length"
 
@@ -180,7 +181,7 @@ def load(name: str, flag: str, tokens: int) -> tuple[PreTrainedTokenizerBase, Pr
         size = config.get_text_config()
         need = training_memory(parameters, tokens, size.num_hidden_layers, size.hidden_size, size.vocab_size)
         memory = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process
-        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else memory
+        free = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0] if torch.cuda.is_available() else memory
         if need > free:
             small = training_memory(134_515_008, tokens, layers=30, hidden=576, vocabulary=49_152)
             raise UserError(
@@ -193,8 +194,8 @@ def load(name: str, flag: str, tokens: int) -> tuple[PreTrainedTokenizerBase, Pr
     except (OSError, ValueError, SafetensorError) as error:
         cause = "no whole model in this folder" if Path(name).is_dir() else "no such folder, and no hub model reached"
         raise UserError(
-            f"{name}: {cause} ({str(error).splitlines()[0]}). Look at the name, the network and HF_HUB_OFFLINE, or "
-            f"pass {flag} with a model folder such as {SMALL_MODEL} (qwen_finetuning.py --demo makes it)."
+            f"{name}: {cause} ({' '.join(str(error).split())[:200]}). Look at the name, the network, HF_HUB_OFFLINE, "
+            f"or pass {flag} with a model folder such as {SMALL_MODEL} (qwen_finetuning.py --demo makes it)."
         ) from None
 
 
@@ -260,7 +261,9 @@ def main(config: CliConfig) -> None:
         model.gradient_checkpointing_enable()
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    parts = dataset.train_test_split(config.test_size, seed=42).values()
+    parts = dataset.train_test_split(
+        min(math.ceil(config.test_size * len(dataset)), len(dataset) - 1), seed=42
+    ).values()
     train, test = (tokenize_dataset(p, tokenizer, config.max_length, config.dynamic_padding) for p in parts)
     args = TrainingArguments(
         output_dir=str(config.output_dir),
@@ -271,8 +274,8 @@ def main(config: CliConfig) -> None:
         include_num_input_tokens_seen="all",  # padding too: what --dynamic_padding saves
         **device_settings() | {"logging_steps": 1, "save_strategy": "epoch", "report_to": "none"},
     )
-    pad = DataCollatorForSeq2Seq(tokenizer)  # pads to the longest of a batch, labels with -100
-    trainer = Trainer(model, args, pad, train, test, processing_class=tokenizer)
+    # the collator pads to the longest of a batch, labels with -100
+    trainer = Trainer(model, args, DataCollatorForSeq2Seq(tokenizer), train, test, processing_class=tokenizer)
     with redirect_stdout(sys.stderr):  # where the Trainer's log belongs: stdout is for results
         trainer.train()
         loss = trainer.evaluate()["eval_loss"]

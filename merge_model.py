@@ -28,6 +28,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, get_args, get_type_hints
 
@@ -56,6 +57,21 @@ PROMPTS = (
 # Largest mean KL divergence, in nats, that storing and running in a type may cost; measured values are far below.
 LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-2}
 HELD_OUT_ROWS = 32  # enough to tell the candidates apart
+CARD = """---
+base_model: {base}
+library_name: transformers
+---
+# Merged model
+
+An adapter from supervised fine-tuning, merged into `{base}`.
+
+- base weights under the adapter: {base_weights}
+- stored as: {dtype}
+- training data: {rows} rows, SHA-256 `{sha256}`
+- held-out loss after training: {loss}
+
+`finetune_config.json` holds all settings of the run. The base model's licence applies.
+"""
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -85,7 +101,7 @@ class Config:
 def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
 
-    A field's metadata may hold `flag` (another name on the command line) and `choices`. A tuple takes several values.
+    A field's metadata may hold `choices`; a tuple takes several values.
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
@@ -105,7 +121,7 @@ def settings_parser(config_class: type, description: str) -> argparse.ArgumentPa
         else:
             options |= {"type": kind, "choices": choices, "metavar": None if choices else "VALUE"}
             options["nargs"] = "+" if isinstance(default, tuple) else None
-        parser.add_argument("--" + f.metadata.get("flag", f.name), dest=f.name, **options)
+        parser.add_argument("--" + f.name, **options)
     return parser
 
 
@@ -171,14 +187,14 @@ def explaining(what: str, name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # for a cut or foreign file the libraries raise what they like (SafetensorError, ...)
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        mend = (
-            "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated model, "
-            "log in with 'hf auth login'; or pass a local folder"
-        )
-        mend = "" if os.path.exists(name) else mend  # unlike Path.exists it answers for every text, however long
+        reason, mend = " ".join(str(error).split())[:300].rstrip("."), ""
         if "trust_remote_code" in str(error):  # the library's own text is long, and asks to visit the hub
-            reason, mend = "it brings Python code of its own; read it, and pass --trust_remote_code to run it", ""
+            reason = "it brings Python code of its own; read it, and pass --trust_remote_code to run it"
+        elif not os.path.exists(name):  # unlike Path.exists it answers for every text, however long
+            mend = (
+                "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated "
+                "model, log in with 'hf auth login'; or pass a local folder"
+            )
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
 
 
@@ -266,6 +282,10 @@ def merge_faults(config: Config) -> list[str]:
         faults.append(f"{config.adapter}: no LoRA adapter; only those are merged here")
     elif config.base_weights == "dequantized" and not read_run(config.adapter).get("settings", {}).get("load_in_4bit"):
         faults.append("--base_weights dequantized: this adapter was not trained on 4-bit weights; take original")
+    elif os.path.isdir(base := base_of(config.adapter, read_run(config.adapter))) and (
+        os.path.realpath(base) == os.path.realpath(config.output)
+    ):
+        faults.append(f"{config.output} is the base model of this adapter; pass another --output")
     if config.output.exists() and "merged" not in read_run(config.output):
         faults.append(f"{config.output} exists and is no merged model of this script; pass another --output")
     return faults
@@ -277,15 +297,15 @@ def rows_to_measure(adapter: Path, run: dict) -> list[dict]:
     Raises UserError with file:line for one that can not be read.
     """
     places = [adapter.parent / "held_out.jsonl", run.get("held_out_file", "")]  # the first also after a move
-    path = next(filter(os.path.isfile, places), None)
-    rows = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines()[:HELD_OUT_ROWS] if path else [], start=1):
-        try:
-            row = json.loads(line)
-            rows.append({"input_ids": list(row["input_ids"]), "labels": list(row["labels"])})
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            fault = f"no row of input_ids and labels ({error}); delete the file to merge without measuring"
-            raise UserError(f"{path}:{number}: {fault}") from None
+    path, rows = next(filter(os.path.isfile, places), os.devnull), []
+    with open(path, "rb") as file:
+        for number, line in enumerate(islice(file, HELD_OUT_ROWS), start=1):
+            try:
+                row = json.loads(line)
+                rows.append({"input_ids": list(row["input_ids"]), "labels": list(row["labels"])})
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                fault = f"no row of input_ids and labels ({error}); delete the file to merge without measuring"
+                raise UserError(f"{path}:{number}: {fault}") from None
     return rows
 
 
@@ -325,11 +345,10 @@ class Merge:
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         gc.collect()  # the model before this one; PEFT's and the hooks' references go in circles
-        dtype, quantization = "auto", None
+        four_bit = base_weights != "original"
+        dtype = self.dtype if four_bit else "auto"
         with explaining("base model", self.base), reading_in_pieces():
-            if base_weights != "original":
-                dtype = self.dtype
-                quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
+            quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype) if four_bit else None
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.base,
                 revision=self.revision,
@@ -440,6 +459,7 @@ def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: 
     only where there is a label, so that a large vocabulary fits.
     """
     import torch
+    from tqdm import tqdm
 
     batches, room = [], 0
     for row in sorted(rows, key=lambda row: len(row["input_ids"])):
@@ -449,15 +469,18 @@ def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: 
         batches[-1].append(row)
     training, total, count = model.training, 0.0, 0
     model.eval()
-    for batch in batches:
+    for batch in tqdm(batches, desc="loss"):
         ids, labels = (torch.tensor(sum((row[key] for row in batch), [])) for key in ("input_ids", "labels"))
         positions = torch.tensor([place for row in batch for place in range(len(row["input_ids"]))])
-        labels[positions == 0] = -100  # nothing of its own row stands before a row's first token
+        starts = positions == 0
+        labels[starts] = -100  # nothing of its own row stands before a row's first token
         places = (labels[1:] != -100).nonzero().flatten()  # the logits at a place are for the token after it
-        starts = torch.tensor([*(positions == 0).nonzero().flatten(), len(ids)], dtype=torch.int32)
-        inputs = {"input_ids": ids[None], "position_ids": positions[None], "cu_seq_lens_q": starts}
-        inputs = {name: tensor.to(model.device) for name, tensor in (inputs | {"logits_to_keep": places}).items()}
+        inputs = {"input_ids": ids[None], "position_ids": positions[None], "logits_to_keep": places}
+        # where rows begin, for layers that do not tell it from the positions
+        inputs["cu_seq_lens_q"] = torch.tensor([*starts.nonzero().flatten(), len(ids)], dtype=torch.int32)
+        inputs["seq_idx"] = starts.cumsum(0, dtype=torch.int32)[None] - 1
         with torch.inference_mode():
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             logits = model(**inputs, use_cache=False).logits[0].float()
             wanted = labels[places + 1].to(model.device)
             total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
@@ -509,8 +532,9 @@ def choose(merge: Merge, config: Config, rows: list[dict]) -> tuple[str, str, li
         return base, dtype, []
 
     print(f"{'base weights':<14}{'stored as':<11}loss on {len(rows)} held-out rows")
-    trained = merge.with_adapter("quantized" if merge.four_bit else "original")
-    trained = measured(trained, "as trained", "adapter", rows)
+    as_trained = merge.with_adapter("quantized" if merge.four_bit else "original")
+    trained = measured(as_trained, "as trained", "adapter", rows)
+    del as_trained  # before the others are loaded
     if trained["loss"] == math.inf:
         raise UserError(f"{merge.adapter}: its loss is no number, so the adapter is broken; take a checkpoint")
     table = [measured(merge.merged(base, dtype), base, dtype, rows) for base in bases for dtype in dtypes]
@@ -537,23 +561,6 @@ def verify(merge: Merge, folder: Path, base_weights: str, dtype: str, tokenizer)
             f"{LIMITS[dtype]:.0e}. Nothing was written; try --dtype float32, or serve the adapter beside its base"
         )
     return found
-
-
-CARD = """---
-base_model: {base}
-library_name: transformers
----
-# Merged model
-
-An adapter from supervised fine-tuning, merged into `{base}`.
-
-- base weights under the adapter: {base_weights}
-- stored as: {dtype}
-- training data: {rows} rows, SHA-256 `{sha256}`
-- held-out loss after training: {loss}
-
-`finetune_config.json` holds all settings of the run. The base model's licence applies.
-"""
 
 
 # Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py

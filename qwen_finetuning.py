@@ -40,15 +40,17 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, get_args, get_type_hints
 
 if TYPE_CHECKING:  # for annotations only: importing transformers takes seconds, and --help should not
     from datasets import Dataset
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
 
@@ -65,8 +67,8 @@ DEMO_QUESTIONS = (  # in no training row
     "I want to read all night. For how many hours does a full battery keep the Nimbus 3 glowing?",
     "Which planet do we live on?",
 )
-ROW_BY_PRODUCTS = 1024  # longest row, in tokens, whose attention a CPU makes by plain matrix products
-GO_BACK = "The checkpoints before it are whole: lower --learning_rate, or mend the rows and train anew"
+LONGEST_BY_PRODUCTS = 1024  # rows of up to so many tokens attend by plain matrix products on a CPU
+GO_BACK = "Checkpoints saved before are whole: lower --learning_rate, or mend the rows, and train again"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 # One fixed conversation; its token ids are part of the fingerprint that training and inference compare.
 PROBE = [
@@ -83,11 +85,13 @@ ROW_FATES = ("unreadable", "wrong_shape", "empty_answer", "exact_duplicate", "ov
 ROW_FATES += ("train", "eval")
 ROW_COUNTS = ("answers_cut", "answers_without_end_of_turn", "records_with_control_tokens", "prompts_not_a_prefix")
 ROW_COUNTS += ("tokens", "supervised_tokens")
-# How people call settings in a YAML file where that is neither our name nor, as section_key, our name in two parts.
+# Other names that people use for settings in a YAML file, as a key or as section.key.
 ALIASES = {"epochs": "num_train_epochs", "lr": "learning_rate", "batch_size": "per_device_train_batch_size"}
 ALIASES |= {"gradient_accumulation": "gradient_accumulation_steps", "max_length": "max_seq_length"}
 ALIASES |= {"lora.rank": "lora_r", "model.path": "model_name", "model.name_or_path": "model_name"}
 ALIASES |= {"data.path": "dataset_path", "warmup": "warmup_steps", "neftune_alpha": "neftune_noise_alpha"}
+MUST_NOT_CHANGE = ("model_name", "load_in_4bit", "lora_r", "lora_alpha", "lora_target_modules", "max_seq_length")
+MUST_NOT_CHANGE += ("overlong", "packing", "eval_ratio", "split_seed", "seed", "num_train_epochs", "max_steps")
 COMMAND_LINE_ONLY = ("demo", "config", "dry_run", "resume", "local_rank")  # they tell of one start, not of a run
 # The keys of a file in templates/. `system`, `user` and `assistant` have the message's text at {content}; an assistant
 # turn begins with `generation_prompt`; of `stop_tokens`, which end an answer, the first becomes the tokenizer's eos.
@@ -104,9 +108,10 @@ def setting(default, help: str, **extra):
 
 
 # What a setting must be: a test of its value, and the words for it.
-POSITIVE = (lambda value: value > 0, "above 0")
+POSITIVE = (lambda value: 0 < value < math.inf, "above 0")
 NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
 SHARE = (lambda value: 0 <= value < 1, "a share, from 0 to below 1")
+ANY_SEED = (lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
 
 
 @dataclass
@@ -140,7 +145,7 @@ class FinetuneConfig:
     skip_bad_rows: bool = setting(False, "count rows that can not be used and go on, instead of stopping")
     packing: bool = setting(False, "fill rows up to max_seq_length with several conversations, for large sets")
     eval_ratio: float = setting(0.1, "share of the rows held out; 0 holds none out", must=SHARE)
-    split_seed: int = setting(42, "which rows are held out", must=NOT_NEGATIVE)
+    split_seed: int = setting(42, "which rows are held out", must=ANY_SEED)
     # the training
     num_train_epochs: float = setting(3.0, "passes over the data", must=POSITIVE)
     max_steps: int = setting(-1, "stop after this many optimiser steps; -1 for whole epochs")
@@ -153,7 +158,7 @@ class FinetuneConfig:
     gradient_checkpointing: str = setting(
         "auto", "compute activations twice to save memory; auto: if need be", choices=("auto", "on", "off")
     )
-    seed: int = setting(3407, "order of the rows, start of the adapter, noise", must=NOT_NEGATIVE)
+    seed: int = setting(3407, "order of the rows, start of the adapter, noise", must=ANY_SEED)
     # evaluating, saving, going on
     eval_strategy: str = setting("steps", "when to evaluate", choices=("steps", "epoch", "no"))
     eval_steps: int = setting(50, "optimiser steps between evaluations (at least one an epoch)", must=POSITIVE)
@@ -176,7 +181,7 @@ class FinetuneConfig:
 def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
 
-    A field's metadata may hold `flag` (another name on the command line) and `choices`. A tuple takes several values.
+    A field's metadata may hold `choices`; a tuple takes several values.
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
@@ -196,7 +201,7 @@ def settings_parser(config_class: type, description: str) -> argparse.ArgumentPa
         else:
             options |= {"type": kind, "choices": choices, "metavar": None if choices else "VALUE"}
             options["nargs"] = "+" if isinstance(default, tuple) else None
-        parser.add_argument("--" + f.metadata.get("flag", f.name), dest=f.name, **options)
+        parser.add_argument("--" + f.name, **options)
     return parser
 
 
@@ -291,17 +296,18 @@ def setting_faults(config: FinetuneConfig) -> list[str]:
         faults.append("--resume and --overwrite exclude each other: go on with the earlier run, or replace it")
     if config.force_template and not config.template_path:
         faults.append("--force_template needs --template_path: which template?")
-    if config.load_best_model_at_end and config.eval_ratio and config.eval_strategy != config.save_strategy:
+    best = config.load_best_model_at_end and config.eval_ratio
+    if best and config.eval_strategy != config.save_strategy:
         faults.append("--load_best_model_at_end needs --eval_strategy equal to --save_strategy")
-    elif (
-        config.load_best_model_at_end
-        and config.eval_strategy == "steps"
-        and config.save_steps % max(config.eval_steps, 1)
-    ):
+    elif best and config.eval_strategy == "steps" and config.save_steps % max(config.eval_steps, 1):
         faults.append(
             f"--save_steps {config.save_steps} is no multiple of --eval_steps {config.eval_steps}; "
             "--load_best_model_at_end needs that, or pass --no-load_best_model_at_end"
         )
+    replaced = [folder.resolve() for folder in (config.model_dir, config.tokenizer_dir)]
+    kept = [*replaced, config.output_dir.resolve()]
+    if any(other is not folder and other.is_relative_to(folder) for folder in replaced for other in kept):
+        faults.append("--model_dir and --tokenizer_dir are replaced whole: neither may hold the other or --output_dir")
     return faults
 
 
@@ -332,7 +338,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | None, str]]:
             file.seek(0)
             items = list(read_array(path, text))
             # lines that merely begin with a bracket are no array: read them one by one
-            if path.suffix == ".json" or not items or not items[-1][2]:
+            array = any(record for _, record, _ in items) and not items[-1][2].startswith("text behind")
+            if path.suffix == ".json" or array or not items:
                 yield from items
                 return
         for number, line in enumerate(file, start=1):
@@ -350,21 +357,29 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | None, str]]:
 
 # Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
 def read_array(path: Path, text: str) -> Iterator[tuple[str, dict | None, str]]:
-    """`read_rows` for the text of one JSON array. Where it is damaged, it ends with a fault."""
-    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
-    position, line = gap.match(text, text.index("[") + 1).end(), 1 + text.count("\n", 0, text.index("["))
+    """`read_rows` for the text of one JSON array. In a .json file it goes on after a damaged element, at the next line
+    that begins an object; what stands behind the array is a fault too.
+    """
+    decode, gap, anew = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), re.compile(r"\n[\s,]*(?=\{)")
     counted = text.index("[")
+    line, position = 1 + text.count("\n", 0, counted), gap.match(text, counted + 1).end()
     while not text.startswith("]", position):
         line, counted = line + text.count("\n", counted, position), position
         try:
             record, end = decode(text, position)
+            good = isinstance(record, dict)
+            fault = "" if good else f"expected an object, found {type(record).__name__}"
+            yield f"{path}:{line}", record if good else None, fault
+            position = gap.match(text, end).end()
         except (ValueError, RecursionError) as error:
-            yield f"{path}:{line}", None, f"not JSON ({error}); nothing after it could be read"
-            return
-        good = isinstance(record, dict)
-        fault = "" if good else f"expected an object, found {type(record).__name__}"
-        yield f"{path}:{line}", record if good else None, fault
-        position = gap.match(text, end).end()
+            found = path.suffix == ".json" and anew.search(text, position + 1)
+            yield f"{path}:{line}", None, f"not JSON ({error})" + ("" if found else "; nothing after it could be read")
+            if not found:
+                return
+            position = found.end()
+    if text[position + 1 :].strip():
+        line += text.count("\n", counted, gap.match(text, position + 1).end())
+        yield f"{path}:{line}", None, "text behind the array; a file holds one array, or one object a line"
 
 
 # Same in: data_integration.py, data_set_generation.py, evaluate.py, merge_model.py, qwen_finetuning.py
@@ -422,14 +437,14 @@ def explaining(what: str, name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # for a cut or foreign file the libraries raise what they like (SafetensorError, ...)
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        mend = (
-            "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated model, "
-            "log in with 'hf auth login'; or pass a local folder"
-        )
-        mend = "" if os.path.exists(name) else mend  # unlike Path.exists it answers for every text, however long
+        reason, mend = " ".join(str(error).split())[:300].rstrip("."), ""
         if "trust_remote_code" in str(error):  # the library's own text is long, and asks to visit the hub
-            reason, mend = "it brings Python code of its own; read it, and pass --trust_remote_code to run it", ""
+            reason = "it brings Python code of its own; read it, and pass --trust_remote_code to run it"
+        elif not os.path.exists(name):  # unlike Path.exists it answers for every text, however long
+            mend = (
+                "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated "
+                "model, log in with 'hf auth login'; or pass a local folder"
+            )
         raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
 
 
@@ -448,9 +463,9 @@ def messages_of(record: dict, system_prompt: str = "") -> list[dict[str, str]]:
     >>> messages_of({"instruction": "解释LoRA", "input": "一句话", "output": "低秩微调"})
     [{'role': 'user', 'content': '解释LoRA\\n补充信息：一句话'}, {'role': 'assistant', 'content': '低秩微调'}]
     """
-    if "messages" in record:
+    if record.get("messages") is not None:  # in a table every row has every column
         turns = turns_of(record["messages"], "messages", "role", "content")
-    elif "conversations" in record:
+    elif record.get("conversations") is not None:
         turns = turns_of(record["conversations"], "conversations", "from", "value")
     else:
         answer = "response" if "output" not in record and "response" in record else "output"
@@ -464,9 +479,7 @@ def messages_of(record: dict, system_prompt: str = "") -> list[dict[str, str]]:
             raise ValueError(f"instruction and input are {[type(part).__name__ for part in parts]}, not text")
         turns = [("user", "\n补充信息：".join(part for part in parts if part)), ("assistant", record[answer])]
 
-    system = record.get("system")
-    if system is None:
-        system = system_prompt
+    system = system_prompt if record.get("system") is None else record["system"]
     if turns and turns[0][0] == "system":
         system = turns.pop(0)[1]
     messages = [{"role": "system", "content": system}] if system else []
@@ -671,22 +684,25 @@ def digest_of(messages: list[dict[str, str]]) -> str:
 
 
 def checked_rows(source: str, system_prompt: str) -> Iterator[dict]:
-    """Yield {where, state, digest, messages} for each row of a dataset. `state` is "" or says why it is not used."""
+    """Yield {where, state, why, digest, messages} for each row of a dataset.
+
+    `state` is "" for a row of use, else what the ledger counts it as; `why` says what is wrong with a bad one.
+    """
     seen = set()
-    for where, record, fault in dataset_rows(source):
-        state, messages = f"unreadable: {fault}", []
+    for where, record, why in dataset_rows(source):
+        state, messages = "unreadable", []
         if record is not None:
             try:
                 state, messages = "", messages_of(record, system_prompt)
             except EmptyAnswer as error:
-                state = f"empty_answer: {error}"
+                state, why = "empty_answer", str(error)
             except ValueError as error:
-                state = f"wrong_shape: {error}"
+                state, why = "wrong_shape", str(error)
         digest = digest_of(messages)
         if not state and digest in seen:
             state, messages = "exact_duplicate", []
         seen.add(digest)
-        yield {"where": where, "state": state, "digest": digest, "messages": messages}
+        yield {"where": where, "state": state, "why": why, "digest": digest, "messages": messages}
 
 
 def answer_ends(labels: list[int]) -> list[int]:
@@ -699,14 +715,15 @@ def answer_ends(labels: list[int]) -> list[int]:
 
 
 def encode_row(row: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, overlong: str) -> dict:
-    """`input_ids` and `labels` of a row, cut to `max_seq_length`, its `state`, and what there is to count (ROW_COUNTS).
+    """`input_ids` and `labels` of a row, cut to `max_seq_length`, and what there is to count (ROW_COUNTS).
 
-    The state is "" for a row to train on, else why it is none.
+    `state` and `why` are those of `checked_rows`, for what shows only now.
     """
     try:
         encoded = encode_conversation(row["messages"], tokenizer)
     except ValueError as error:
-        return {"input_ids": [], "labels": [], "state": f"wrong_shape: {error}", "counts": [0] * len(ROW_COUNTS)}
+        nothing = {"input_ids": [], "labels": [], "counts": [0] * len(ROW_COUNTS)}
+        return nothing | {"state": "wrong_shape", "why": str(error)}
     input_ids, labels = encoded["input_ids"][:max_seq_length], encoded["labels"][:max_seq_length]
     supervised = sum(label != -100 for label in labels)
     lost_ends = sum(end >= max_seq_length for end in answer_ends(encoded["labels"]))
@@ -714,14 +731,16 @@ def encode_row(row: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: in
     state = "" if supervised else "no_supervised_token"
     if overlong != "truncate" and len(encoded["input_ids"]) > max_seq_length:
         state = "over_length"
-    counts = [lost_ends > 0 < supervised, lost_ends, controls, encoded["broken_prompts"], len(input_ids), supervised]
-    return {"input_ids": input_ids, "labels": labels, "state": state, "counts": [int(count) for count in counts]}
+    cut = lost_ends > 0 and supervised > 0
+    counts = [cut, lost_ends, controls, encoded["broken_prompts"], len(input_ids), supervised]
+    counts = [int(count) for count in counts]
+    return {"input_ids": input_ids, "labels": labels, "state": state, "why": "", "counts": counts}
 
 
 def prepare_data(
     config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, version: str
 ) -> tuple[Dataset, Dataset | None, dict, list[str]]:
-    """Read, check, split and encode the dataset. What was done before lies in the cache of the datasets library.
+    """Read, check, encode and split the dataset. What was done before lies in the cache of the datasets library.
 
     `version` tells one content of a dataset file from another. Returns the training rows and the held-out rows
     (`input_ids`, `labels`, `where`), the ledger, and the digests of the held-out rows. Raises UserError that names the
@@ -734,55 +753,67 @@ def prepare_data(
     text, numbers = Value("string"), List(Value("int32"))
     source = {"source": config.dataset_path, "system_prompt": config.system_prompt}
     cutting = {"max_seq_length": config.max_seq_length, "overlong": config.overlong}
+    columns = dict.fromkeys(("where", "state", "why", "digest"), text)
     if not version:  # a folder, or a dataset of the hub
         with explaining("dataset", config.dataset_path):
             version = load_dataset(config.dataset_path, split="train")._fingerprint
     key = Hasher.hash([Path(__file__).read_bytes(), library_versions(), version, source])
-    columns = Features(where=text, state=text, digest=text, messages=List({"role": text, "content": text}))
     try:
-        rows = Dataset.from_generator(checked_rows, columns, gen_kwargs=source, fingerprint=key)
+        rows = Dataset.from_generator(
+            checked_rows,
+            Features(**columns, messages=List({"role": text, "content": text})),
+            gen_kwargs=source,
+            fingerprint=key,
+        )
     except DatasetGenerationError as error:
         raise (error.__cause__ if isinstance(error.__cause__, UserError) else error) from None
     except ValueError:  # how `datasets` puts it that there is no row at all
         raise UserError(f"{config.dataset_path}: no rows in it") from None
-    ledger = Counter(state.partition(":")[0] for state in rows["state"])
+    fates = Counter(rows["state"])
     stop_for(faults_in(rows), config.skip_bad_rows)
-    rows_read, needed = len(rows), 2 if config.eval_ratio else 1
-    if ledger[""] < needed:
-        found = f"{rows_read} rows read, {ledger['']} of them usable"
-        raise UserError(f"{config.dataset_path}: {found}; training needs at least {needed}")
-    rows = rows.select(unmarked(rows))
-    rows = rows.map(
+    usable = rows.select(unmarked(rows))
+    held_out = math.ceil(config.eval_ratio * len(usable))
+    if len(usable) <= held_out:
+        found = f"{len(rows)} rows read, {len(usable)} of them usable, {held_out} of these to be held out"
+        raise UserError(f"{config.dataset_path}: {found}; none is left to train on")
+    encoded = usable.map(
         encode_row,
         fn_kwargs={"tokenizer": tokenizer} | cutting,
-        num_proc=os.cpu_count() if len(rows) > 5000 else None,
+        num_proc=os.cpu_count() if len(usable) > 5000 else None,
         remove_columns="messages",
-        features=Features(where=text, state=text, digest=text, input_ids=numbers, labels=numbers, counts=numbers),
+        features=Features(**columns, input_ids=numbers, labels=numbers, counts=numbers),
         new_fingerprint=Hasher.hash([key, tokenizer, cutting]),
         desc="Tokenising",
     )
-    ledger.update(state.partition(":")[0] for state in rows["state"])
-    stop_for(faults_in(rows), config.skip_bad_rows)
-    if config.overlong == "error" and ledger["over_length"]:
-        long = [where for where, state in zip(rows["where"], rows["state"], strict=True) if state == "over_length"]
+    fates.update(encoded["state"])
+    stop_for(faults_in(encoded), config.skip_bad_rows)
+    if config.overlong == "error" and fates["over_length"]:
+        long = [
+            where for where, state in zip(encoded["where"], encoded["state"], strict=True) if state == "over_length"
+        ]
         first = "".join(f"\n  {where}: longer than --max_seq_length {config.max_seq_length}" for where in long[:10])
         raise UserError(f"{len(long)} rows are too long; shorten them, or pass --overlong truncate or drop{first}")
+    return split_and_count(config, encoded, len(rows), fates)
+
+
+def split_and_count(config: FinetuneConfig, rows: Dataset, rows_read: int, fates: Counter) -> tuple:
+    """What `prepare_data` returns, from all encoded rows and what has become of the others."""
     # split first, drop then: no length setting may move a row from one side to the other
     parts = {"train": rows}
     if config.eval_ratio:
         split = rows.train_test_split(test_size=config.eval_ratio, seed=config.split_seed)
         parts = {"train": split["train"], "eval": split["test"]}
     parts = {name: part.select(unmarked(part)) for name, part in parts.items()}
-    ledger.update({name: len(part) for name, part in parts.items()})
-    book = {"rows_read": rows_read} | {name: ledger[name] for name in ROW_FATES}
-    assert 2 * rows_read == sum(book.values()), f"rows are missing from the ledger: {ledger}"
+    fates.update({name: len(part) for name, part in parts.items()})
+    assert rows_read == sum(fates[name] for name in ROW_FATES), f"rows are missing from the ledger: {fates}"
+    ledger = {"rows_read": rows_read} | {name: fates[name] for name in ROW_FATES}
     if not ledger["train"]:
-        raise UserError(f"{config.dataset_path}: no row is left to train on: {book}")
+        raise UserError(f"{config.dataset_path}: no row is left to train on: {ledger}")
     counts = zip(*(row for part in parts.values() for row in part["counts"]), strict=True)
-    book |= {name: sum(column) for name, column in zip(ROW_COUNTS, counts, strict=True)}
+    ledger |= {name: sum(column) for name, column in zip(ROW_COUNTS, counts, strict=True)}
     digests = list(parts["eval"]["digest"]) if ledger["eval"] else []
     parts = {name: part.select_columns(["input_ids", "labels", "where"]) for name, part in parts.items()}
-    return parts["train"], parts["eval"] if ledger["eval"] else None, book, digests
+    return parts["train"], parts["eval"] if ledger["eval"] else None, ledger, digests
 
 
 def unmarked(rows: Dataset) -> list[int]:
@@ -792,21 +823,18 @@ def unmarked(rows: Dataset) -> list[int]:
 
 def faults_in(rows: Dataset) -> list[str]:
     """Where each row stands that can not be used, and why."""
-    states = zip(rows["where"], rows["state"], strict=True)
-    return [f"{where}: {state.partition(': ')[2]}" for where, state in states if ": " in state]
+    return [f"{where}: {why}" for where, why in zip(rows["where"], rows["why"], strict=True) if why]
 
 
-@contextmanager
-def first_process_first() -> Iterator[None]:
-    """Of several processes on a machine one does the work within; the others wait, and find it in the cache."""
+def first_process_first() -> AbstractContextManager:
+    """Of several processes on a machine one does the work within; the others wait, and find what it left."""
     if process_count() == 1:
-        yield
-        return
+        return nullcontext()
     import torch
     from accelerate import PartialState
 
-    with PartialState(cpu=not torch.cuda.is_available()).local_main_process_first():
-        yield
+    # the time that the others wait at most, here and while the first computes the held-out loss
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1)).local_main_process_first()
 
 
 # Same in: evaluate.py, qwen_finetuning.py
@@ -834,13 +862,11 @@ def show_ledger(ledger: dict) -> None:
 def preview(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
     """A training example as text, with what carries loss in green on a terminal and in [[ ]] elsewhere."""
     before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
-    runs: list[tuple[bool, list[int]]] = []
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        if not runs or runs[-1][0] != (label != -100):
-            runs.append((label != -100, []))
-        runs[-1][1].append(token)
-    texts = ((supervised, printable(tokenizer.decode(ids))) for supervised, ids in runs)
-    return "".join(f"{before}{text}{after}" if supervised else text for supervised, text in texts)
+    text, pairs = "", zip(row["input_ids"], row["labels"], strict=True)
+    for supervised, run in groupby(pairs, key=lambda pair: pair[1] != -100):
+        piece = printable(tokenizer.decode([token for token, _ in run]))
+        text += f"{before}{piece}{after}" if supervised else piece
+    return text
 
 
 # Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
@@ -873,11 +899,12 @@ def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype:
     """
     if dtype == "auto":
         dtype = "bfloat16" if bfloat16 else "float32" if kind == "cpu" else "float16"
+    flash = flash and kind == "cuda" and bfloat16 and dtype != "float32"  # it runs on GPUs that know bfloat16
     return Device(
         kind=kind,
         dtype=dtype,
         four_bit=four_bit and kind != "mps",  # bitsandbytes has no 4-bit layers for Apple's GPUs
-        attention="flash_attention_2" if kind == "cuda" and flash and dtype != "float32" else "sdpa",
+        attention="flash_attention_2" if flash else "sdpa",
         device_map={"": rank if kind == "cuda" else kind},
     )
 
@@ -915,7 +942,7 @@ class ModelShape:
     plain_attention: bool = True
 
 
-def shape_of(model_config: PretrainedConfig, config: FinetuneConfig) -> tuple[ModelShape, str | tuple[str, ...]]:
+def shape_of(model_config: PretrainedConfig, config: FinetuneConfig) -> tuple[ModelShape, str | list[str]]:
     """Sizes of a model from its configuration alone, and the layers that get an adapter."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -930,7 +957,7 @@ def shape_of(model_config: PretrainedConfig, config: FinetuneConfig) -> tuple[Mo
         if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
     }
     targets = [name for name in linear if name.split(".")[-1] in config.lora_target_modules]
-    names = config.lora_target_modules if targets else "all-linear"
+    names = list(config.lora_target_modules) if targets else "all-linear"
     weights = [module.weight.numel() for module in linear.values()]
     text = model_config.get_text_config()
     special = any(
@@ -964,7 +991,7 @@ def estimate_memory(shape: ModelShape, config: FinetuneConfig, device: Device, t
     four_bit = 0.5 + 1 / 64 + 4 / (64 * 256)
     kept = 16 * shape.hidden + 5 * shape.intermediate
     if device.attention == "by_rows":  # the probabilities of each head
-        kept += shape.heads * min(tokens, ROW_BY_PRODUCTS)
+        kept += shape.heads * min(tokens, LONGEST_BY_PRODUCTS)
     states = 2 if "8bit" in config.optim else 8
     loss = shape.vocabulary * (16 * tokens // 2 if device.kind == "cpu" else 8 * min(tokens // 2 + 1, 512))
     parts = {
@@ -1036,10 +1063,15 @@ def explaining_shortage(remedies: str, folder: Path) -> Iterator[None]:
         raise
 
 
+def nearest_folder(path: Path) -> Path:
+    """The path itself or, where it does not exist yet, the nearest parent that does."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def room_for(output_dir: Path) -> int:
     """Bytes free on the disk of a folder that may not exist yet; an earlier run's checkpoints count as free."""
-    place = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
-    return shutil.disk_usage(place).free + sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/*"))
+    earlier = sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/*"))
+    return shutil.disk_usage(nearest_folder(output_dir)).free + earlier
 
 
 def free_memory(device: Device) -> int:
@@ -1060,12 +1092,12 @@ def model_files(name: str) -> dict:
     """The arguments with which `from_pretrained` finds a folder, a hub id or a .gguf file. Raises UserError."""
     path = Path(name)
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(name):
             raise UserError(f"{name}: no such file")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if path.is_file():
+    if os.path.isfile(name):
         raise UserError(f"{name} is a file; a model is a folder, a hub id or a .gguf file")
-    if path.is_dir():
+    if os.path.isdir(name):
         if not (path / "config.json").is_file():
             raise UserError(f"{name}: no config.json in this folder, so it holds no model")
         if not any(path.glob("*.safetensors")):
@@ -1079,20 +1111,24 @@ def load_model(config: FinetuneConfig, device: Device) -> PreTrainedModel:
     """The base model on its device, in 4 bits where the policy says so."""
     import torch
     from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     AttentionInterface.register("by_rows", attend_by_rows)
     dtype = getattr(torch, device.dtype)
     quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
     with explaining("model", config.model_name), reading_in_pieces():
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             **model_files(config.model_name),
+            output_loading_info=True,
             dtype=dtype,
             quantization_config=quantization if device.four_bit else None,
             attn_implementation=device.attention,
-            device_map=device.device_map,
+            device_map=None if is_deepspeed_zero3_enabled() else device.device_map,  # ZeRO-3 spreads it itself
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
         )
+        if missing := sorted(report["missing_keys"]):  # the library fills them with random numbers and goes on
+            raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
     keep_trainable(model)
     return model
 
@@ -1141,7 +1177,7 @@ def attend_by_rows(module, query, key, value, attention_mask, scaling=None, drop
     scaling, rows, barred = scaling or query.size(-1) ** -0.5, [], float("-inf")
     for begin, end in pairwise(cu_seq_lens_q.tolist()):
         q, k, v = (part[0, :, begin:end] for part in (query, key, value))
-        if end - begin > ROW_BY_PRODUCTS:
+        if end - begin > LONGEST_BY_PRODUCTS:
             rows.append(scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling))
             continue
         future = torch.full((end - begin, end - begin), barred, dtype=q.dtype).triu(1)
@@ -1183,6 +1219,7 @@ def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: 
     only where there is a label, so that a large vocabulary fits.
     """
     import torch
+    from tqdm import tqdm
 
     batches, room = [], 0
     for row in sorted(rows, key=lambda row: len(row["input_ids"])):
@@ -1192,15 +1229,18 @@ def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: 
         batches[-1].append(row)
     training, total, count = model.training, 0.0, 0
     model.eval()
-    for batch in batches:
+    for batch in tqdm(batches, desc="loss"):
         ids, labels = (torch.tensor(sum((row[key] for row in batch), [])) for key in ("input_ids", "labels"))
         positions = torch.tensor([place for row in batch for place in range(len(row["input_ids"]))])
-        labels[positions == 0] = -100  # nothing of its own row stands before a row's first token
+        starts = positions == 0
+        labels[starts] = -100  # nothing of its own row stands before a row's first token
         places = (labels[1:] != -100).nonzero().flatten()  # the logits at a place are for the token after it
-        starts = torch.tensor([*(positions == 0).nonzero().flatten(), len(ids)], dtype=torch.int32)
-        inputs = {"input_ids": ids[None], "position_ids": positions[None], "cu_seq_lens_q": starts}
-        inputs = {name: tensor.to(model.device) for name, tensor in (inputs | {"logits_to_keep": places}).items()}
+        inputs = {"input_ids": ids[None], "position_ids": positions[None], "logits_to_keep": places}
+        # where rows begin, for layers that do not tell it from the positions
+        inputs["cu_seq_lens_q"] = torch.tensor([*starts.nonzero().flatten(), len(ids)], dtype=torch.int32)
+        inputs["seq_idx"] = starts.cumsum(0, dtype=torch.int32)[None] - 1
         with torch.inference_mode():
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             logits = model(**inputs, use_cache=False).logits[0].float()
             wanted = labels[places + 1].to(model.device)
             total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
@@ -1224,8 +1264,10 @@ def steps_of(rows: int, config: FinetuneConfig) -> tuple[int, int]:
 
 
 def optimizer_of(config: FinetuneConfig, kind: str) -> str:
-    """The optimiser by the Trainer's name, as bitsandbytes has it for a device: 8-bit states are paged on CUDA, so that
-    a peak of memory moves them out instead of ending the run; for Apple's GPUs it has none.
+    """The optimiser by the Trainer's name, as bitsandbytes has it for a device.
+
+    On CUDA 8-bit states are paged: a peak of memory moves them to the CPU's instead of ending the run. For Apple's GPUs
+    it has no 8-bit optimiser, so AdamW is taken there.
 
     >>> optimizer_of(FinetuneConfig(), "cuda"), optimizer_of(FinetuneConfig(), "cpu")
     ('paged_adamw_8bit', 'adamw_8bit')
@@ -1247,7 +1289,7 @@ def training_args(config: FinetuneConfig, device: Device, rows: int, held_out: b
     unit = eval_steps if evaluate == "steps" else 1
     same = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
     same += ("learning_rate", "warmup_steps", "save_strategy", "logging_steps")
-    return SFTConfig(
+    args = SFTConfig(
         **{name: getattr(config, name) for name in same},
         output_dir=str(config.output_dir),
         run_name=config.output_dir.name,
@@ -1275,6 +1317,10 @@ def training_args(config: FinetuneConfig, device: Device, rows: int, held_out: b
         max_length=None,  # rows are cut already
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    args._n_gpu = min(
+        args.n_gpu, 1
+    )  # one process, one GPU: without a launcher the Trainer would split over all it sees
+    return args
 
 
 def places_of(batches: list[dict], rows: Dataset) -> str:
@@ -1289,10 +1335,10 @@ def places_of(batches: list[dict], rows: Dataset) -> str:
     return ", ".join(list(places.values())[:16]) + more
 
 
-def check_finite(model: PreTrainedModel) -> None:
-    """Raise UserError where a trained weight is no finite number."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
+def check_finite(weights: dict[str, Tensor]) -> None:
+    """Raise UserError where a weight of the adapter is no finite number."""
+    for name, parameter in weights.items():
+        if "lora_" in name and not parameter.isfinite().all():
             raise UserError(f"{name} holds numbers that are not finite, so this adapter is not saved; {GO_BACK}")
 
 
@@ -1302,6 +1348,9 @@ def checked_trainer(**parts) -> SFTTrainer:
     from trl import SFTTrainer
 
     class CheckedTrainer(SFTTrainer):
+        def create_model_card(self, *args, **kwargs):
+            """None: it would take the place of a person's own README.md in output_dir."""
+
         def get_batch_samples(self, *args):
             self.batches, count = super().get_batch_samples(*args)
             return self.batches, count
@@ -1316,8 +1365,8 @@ def checked_trainer(**parts) -> SFTTrainer:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             labels = inputs["labels"][0]  # rows lie end to end in one
             places = (labels[1:] != -100).nonzero().flatten()
-            parts = {key: inputs[key] for key in ("input_ids", "position_ids", "cu_seq_lens_q")}
-            logits = model(**parts, use_cache=False, logits_to_keep=places).logits[0]
+            inputs = {key: value for key, value in inputs.items() if key != "labels"}
+            logits = model(**inputs, use_cache=False, logits_to_keep=places).logits[0]
             loss = torch.nn.functional.cross_entropy(logits.float(), labels[places + 1], reduction="sum")
             if model.training:
                 tokens = self.accelerator.gather(torch.tensor([labels.numel()])).sum().item()
@@ -1345,7 +1394,7 @@ def checked_trainer(**parts) -> SFTTrainer:
             raise UserError(f"{what} in step {step}, which is not taken; look at these rows: {places}. {GO_BACK}")
 
         def _save_checkpoint(self, model, trial):
-            check_finite(model)
+            check_finite(dict(model.named_parameters()))
             try:
                 super()._save_checkpoint(model, trial)
             except BaseException:  # Ctrl-C and SIGTERM too; it goes on, only the half folder does not stay
@@ -1369,7 +1418,7 @@ def build_trainer(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=targets,
     )
     trainer = checked_trainer(
         model=model,
@@ -1423,7 +1472,8 @@ def progress_callback(run: dict):
 
     class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, model, **_):
-            cast_adapter(getattr(model, "module", model))
+            if not args.deepspeed:  # it keeps its own views of the parameters
+                cast_adapter(model)
             self.begin = self.last = time.monotonic()
             self.first_step, self.tokens = state.global_step, 0
             self.terminated = False
@@ -1456,13 +1506,10 @@ def progress_callback(run: dict):
                 left = elapsed / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
                 say(
                     f"{place} · loss {logs['loss']:.3f} · lr {logs['learning_rate']:.1e} · {speed:.0f} tok/s · "
-                    f"{clock(elapsed)} elapsed · {clock(left)} left"
+                    f"{timedelta(seconds=int(elapsed))} elapsed · {timedelta(seconds=int(left))} left"
                 )
                 self.tokens = logs["num_tokens"]
             self.last = now
-
-        def on_evaluate(self, args, state, control, **_):
-            self.last = time.monotonic()
 
         def on_save(self, args, state, control, **_):
             if state.is_world_process_zero:
@@ -1502,15 +1549,11 @@ def resume_faults(file: Path, run: dict) -> list[str]:
     """How this run differs from the one whose record lies in output_dir, in what must not change between them."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        old, dataset, rows_per_step = record["settings"], record["dataset"]["sha256"], record["rows_per_step"]
-        old.get(None)
+        pairs = [(name, record["settings"].get(name), run["settings"][name]) for name in MUST_NOT_CHANGE]
+        pairs.append(("rows in a step", record["rows_per_step"], run["rows_per_step"]))
+        pairs.append(("dataset (SHA-256)", record["dataset"]["sha256"], run["dataset"]["sha256"]))
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not the record of a run ({error}); start anew with --overwrite") from None
-    names = "model_name load_in_4bit lora_r lora_alpha lora_target_modules max_seq_length eval_ratio split_seed seed "
-    names += "num_train_epochs max_steps packing overlong"
-    pairs = [(name, old.get(name), run["settings"][name]) for name in names.split()]
-    pairs.append(("rows in a step", rows_per_step, run["rows_per_step"]))
-    pairs.append(("dataset (SHA-256)", dataset, run["dataset"]["sha256"]))
     return [f"{name} was {before}, is {now}" for name, before, now in pairs if before != now]
 
 
@@ -1614,15 +1657,6 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def clock(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds.
-
-    >>> clock(765)
-    '0:12:45'
-    """
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
-
-
 def process_count() -> int:
     """How many processes train together; torchrun and accelerate set WORLD_SIZE."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -1640,19 +1674,29 @@ def write_resolved(config: FinetuneConfig, file: Path) -> None:
     breaks = "[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"  # JSON is YAML but for these characters
     with replacing(file) as out:
         for name, value in asdict(config).items():
-            text = json.dumps(value, ensure_ascii=False, default=str)
-            text = re.sub(breaks, lambda found: f"\\u{ord(found[0]):04x}", text)
-            out.write("" if name in COMMAND_LINE_ONLY else f"{name}: {text}\n")
+            if name not in COMMAND_LINE_ONLY:
+                text = json.dumps(value, ensure_ascii=False, default=str)
+                text = re.sub(breaks, lambda found: f"\\u{ord(found[0]):04x}", text)
+                out.write(f"{name}: {text}\n")
 
 
 def file_faults(config: FinetuneConfig) -> list[str]:
     """What is wrong with the files that the settings name, one line each."""
     faults = []
-    source = Path(config.dataset_path)
-    if not source.exists() and (source.suffix in (".json", ".jsonl") or config.dataset_path.count("/") != 1):
+    source, file_name = config.dataset_path, config.dataset_path.endswith((".json", ".jsonl"))
+    if not os.path.exists(source) and (file_name or source.count("/") != 1):  # unlike Path's it bears any length
         faults.append(f"{source}: no such dataset. Make one with data_integration.py, or pass --dataset_path")
-    elif source.is_file() and source.suffix not in (".json", ".jsonl"):
+    elif os.path.isfile(source) and not file_name:
         faults.append(f"{source}: a dataset file ends in .jsonl or .json")
+    place = nearest_folder(config.output_dir)
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        faults.append(f"{config.output_dir}: nothing can be written there, since {place} is no folder to write in")
+    for flag, folder, mark in (
+        ("model", config.model_dir, "adapter_config"),
+        ("tokenizer", config.tokenizer_dir, "tokenizer_config"),
+    ):
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / f"{mark}.json").is_file():
+            faults.append(f"{folder} would be replaced, and it holds no earlier result; pass another --{flag}_dir")
     checkpoints = list(config.output_dir.glob("checkpoint-*"))
     if checkpoints and not (config.resume or config.overwrite or config.dry_run):
         faults.append(
@@ -1666,9 +1710,11 @@ def file_faults(config: FinetuneConfig) -> list[str]:
             faults.append(f"{name} is not installed; its pinned version stands in requirements.txt: pip install {name}")
     if config.deepspeed and not config.deepspeed.is_file():
         faults.append(f"{config.deepspeed}: no such DeepSpeed configuration")
+    elif config.deepspeed and config.load_in_4bit and re.search(r'"stage"\s*:\s*3', config.deepspeed.read_text()):
+        faults.append(f"{config.deepspeed}: ZeRO-3 spreads 16-bit weights; pass --no-load_in_4bit")
     if config.deepspeed and "RANK" not in os.environ:
         faults.append("--deepspeed wants a launcher: torchrun --nproc_per_node=N, or deepspeed --num_gpus=N")
-    if not config.demo and Path(config.model_name).suffix != ".gguf":
+    if not config.demo:
         try:
             model_files(config.model_name)
         except UserError as error:
@@ -1679,8 +1725,9 @@ def file_faults(config: FinetuneConfig) -> list[str]:
 def remove_earlier_run(output_dir: Path) -> None:
     """Delete what this script wrote in an earlier run, and nothing else."""
     for folder in output_dir.glob("checkpoint-*"):
-        shutil.rmtree(folder)
-    for name in ("finetune_config.json", "held_out.jsonl", "loss_curve.png", "trainer_state.json", "README.md"):
+        if re.fullmatch(r"checkpoint-(\d+|final)", folder.name):
+            shutil.rmtree(folder)
+    for name in ("finetune_config.json", "held_out.jsonl", "loss_curve.png", "trainer_state.json"):
         (output_dir / name).unlink(missing_ok=True)
 
 
@@ -1698,9 +1745,10 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in libraries}
 
 
+# Same in: evaluate.py, qwen_finetuning.py
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file; "" for a folder or a hub id."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return ""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -1750,7 +1798,11 @@ def open_model(config: FinetuneConfig) -> tuple[PreTrainedTokenizerBase, Pretrai
     if config.demo:
         fetch_demo_model()
     if Path(config.model_name).suffix == ".gguf":  # 4-bit loading wants an ordinary folder
-        folder = Path("models") / Path(config.model_name).stem
+        facts = os.stat(config.model_name)
+        name = (
+            f"{os.path.realpath(config.model_name)} {facts.st_size} {facts.st_mtime_ns}"  # another file, another folder
+        )
+        folder = Path("models") / f"{Path(config.model_name).stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         if not (folder / "model.safetensors").is_file():
             convert_gguf(Path(config.model_name), folder)
         config.model_name = str(folder)
@@ -1827,7 +1879,7 @@ def begin_run(config: FinetuneConfig, run: dict, held_out: Dataset | None) -> Pa
         checkpoint = newest_checkpoint(config.output_dir)
         say(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint yet: starting from the beginning")
     if is_main_process():
-        if not config.resume:
+        if config.overwrite:
             remove_earlier_run(config.output_dir)
         write_json(config.output_dir / "finetune_config.json", run)
         with replacing(config.output_dir / "held_out.jsonl") as file:
@@ -1836,14 +1888,17 @@ def begin_run(config: FinetuneConfig, run: dict, held_out: Dataset | None) -> Pa
     return checkpoint
 
 
-def save_result(config: FinetuneConfig, trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, run: dict) -> None:
-    """Write the adapter of the best checkpoint with all that belongs to it, the Trainer's state and the loss curve."""
+def save_result(config: FinetuneConfig, trainer: SFTTrainer, tokenizer, run: dict, weights: dict | None) -> None:
+    """Write the adapter of the best checkpoint with all that belongs to it, the Trainer's state and the loss curve.
+
+    `weights` are those that ZeRO-3 had spread over the processes, None where the model holds them.
+    """
     with replacing(config.output_dir / "trainer_state.json") as file:
         trainer.state.save_to_json(file.name)
     draw_loss_curve(trainer.state.log_history, config.output_dir / "loss_curve.png")
     for folder in (config.output_dir / "checkpoint-final", config.model_dir):
         with replacing_folder(folder) as partial:
-            trainer.model.save_pretrained(partial, save_embedding_layers=False)
+            trainer.model.save_pretrained(partial, state_dict=weights, save_embedding_layers=False)
             tokenizer.save_pretrained(partial)
             write_json(partial / "finetune_config.json", run)
             write_resolved(config, partial / "resolved.yaml")
@@ -1858,13 +1913,12 @@ def main(config: FinetuneConfig) -> None:
     if config.local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
     quiet_libraries()
-    tokenizer, model_config = open_model(config)
-
     from datasets.config import HF_DATASETS_CACHE
 
-    sha256 = sha256_of(Path(config.dataset_path))
     shortage = explaining_shortage(f"memory ran out while {config.dataset_path} was read", Path(HF_DATASETS_CACHE))
     with shortage, first_process_first():
+        tokenizer, model_config = open_model(config)
+        sha256 = sha256_of(Path(config.dataset_path))
         rows, held_out, ledger, digests = prepare_data(config, tokenizer, sha256)
     if is_main_process():
         print(f"{config.dataset_path}:")
@@ -1879,33 +1933,38 @@ def main(config: FinetuneConfig) -> None:
     device, recompute, targets, longest = plan_run(config, model_config, packed)
     if config.dry_run:
         return
+    config.load_in_4bit = device.four_bit  # as the record of the run must have it
     run = run_record(config, tokenizer, model_config, sha256, ledger, digests)
     run |= {"dtype": device.dtype, "gradient_checkpointing": recompute}
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
     with explaining_shortage(memory_remedies(config, device, len(rows), longest, recompute), config.output_dir):
         checkpoint = begin_run(config, run, held_out)
-        import torch
-
-        torch.manual_seed(config.seed)
         args = training_args(config, device, len(packed), held_out is not None, recompute)  # ZeRO-3: before the model
         trainer = build_trainer(config, args, load_model(config, device), tokenizer, packed, held_out, targets, run)
         trainer.rows = rows
         if config.deepspeed and not (trainer.is_deepspeed_enabled and args.world_size == process_count()):
             raise UserError("--deepspeed: the engine is not at work in this run; leave it out for plain training")
         start_tracking(config, run)
-        judged = list(held_out) if held_out is not None and (is_main_process() or config.deepspeed) else []
+        # DeepSpeed's engine, which alone can run a model that it has spread, does not exist before and after training
+        judged = list(held_out) if held_out is not None and is_main_process() and not config.deepspeed else []
         before = held_out_loss(trainer.model, judged, tokens_per_forward=1024)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        check_finite(trainer.model)
-        after = held_out_loss(trainer.model, judged, tokens_per_forward=1024)
+        spread = config.deepspeed is not None and is_deepspeed_zero3_enabled()
+        weights = trainer.accelerator.get_state_dict(trainer.deepspeed) if spread else None  # by all processes together
         if not is_main_process():
             return
+        if not config.deepspeed:
+            cast_adapter(trainer.model)  # the best checkpoint came back as float32
+        check_finite(weights or dict(trainer.model.named_parameters()))
+        after = held_out_loss(trainer.model, judged, tokens_per_forward=1024)
         best = trainer.state.best_model_checkpoint
         run["result"] = {"loss_before": before, "loss_after": after, "best_checkpoint": best}
-        save_result(config, trainer, tokenizer, run)
+        save_result(config, trainer, tokenizer, run, weights)
 
     if config.demo:
         show_demo_answers(trainer.model, tokenizer, config)
-    print(f"\ntrained {trainer.state.global_step} steps in {clock(time.monotonic() - started)}")
+    print(f"\ntrained {trainer.state.global_step} steps in {timedelta(seconds=int(time.monotonic() - started))}")
     if judged:
         for name, loss in (("before", before), ("after", after)):
             print(f"held-out rows, {name} training: loss {loss:.3f}, perplexity {math.exp(min(loss, 700)):.2f}")

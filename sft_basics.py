@@ -170,7 +170,7 @@ def load(name: str, flag: str, tokens: int) -> tuple[PreTrainedTokenizerBase, Pr
         size = config.get_text_config()
         need = training_memory(parameters, tokens, size.num_hidden_layers, size.hidden_size, size.vocab_size)
         memory = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process
-        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else memory
+        free = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0] if torch.cuda.is_available() else memory
         if need > free:
             small = training_memory(134_515_008, tokens, layers=30, hidden=576, vocabulary=49_152)
             raise UserError(
@@ -183,8 +183,8 @@ def load(name: str, flag: str, tokens: int) -> tuple[PreTrainedTokenizerBase, Pr
     except (OSError, ValueError, SafetensorError) as error:
         cause = "no whole model in this folder" if Path(name).is_dir() else "no such folder, and no hub model reached"
         raise UserError(
-            f"{name}: {cause} ({str(error).splitlines()[0]}). Look at the name, the network and HF_HUB_OFFLINE, or "
-            f"pass {flag} with a model folder such as {SMALL_MODEL} (qwen_finetuning.py --demo makes it)."
+            f"{name}: {cause} ({' '.join(str(error).split())[:200]}). Look at the name, the network, HF_HUB_OFFLINE, "
+            f"or pass {flag} with a model folder such as {SMALL_MODEL} (qwen_finetuning.py --demo makes it)."
         ) from None
 
 
@@ -199,8 +199,8 @@ def device_settings() -> dict[str, bool]:
     return {"use_cpu": True, "bf16": bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))}
 
 
-def answer_figures(model: PreTrainedModel, tokenizer, texts: list[str], max_length: int) -> tuple[float, float]:
-    """(mean loss over the tokens of the answers, mean probability of EOS after an answer).
+def answer_figures(model: PreTrainedModel, tokenizer, texts: list[str]) -> tuple[float, float]:
+    """(mean loss over the tokens of the answers, mean probability of EOS after an answer), of whole texts.
 
     The prompts carry no loss here, so that both formats are measured on exactly the same tokens.
     """
@@ -209,7 +209,7 @@ def answer_figures(model: PreTrainedModel, tokenizer, texts: list[str], max_leng
     model.eval()
     losses, stops = [], []
     for text in texts:
-        row = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
+        row = tokenizer(text, return_offsets_mapping=True)
         ids = torch.tensor(row["input_ids"], device=model.device)
         with torch.no_grad():
             logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
@@ -252,13 +252,14 @@ def run_training(config: FinetuneConfig) -> dict[str, float]:
     trainer = Trainer(
         model, args, data_collator=collate, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
     )
-    loss_before, _ = answer_figures(model, tokenizer, eval_texts["text"], config.max_length)
-    logger.info("training begins: %d steps of %d rows", config.max_steps, config.batch_size * args.world_size)
+    with trainer.accelerator.autocast():  # in the arithmetic of the training, which the model keeps after it
+        loss_before, _ = answer_figures(model, tokenizer, eval_texts["text"])
+    logger.info("training begins: %d steps of %d rows", config.max_steps, args.train_batch_size * args.world_size)
     with redirect_stdout(sys.stderr):  # where the Trainer's log belongs: stdout is for results
         trainer.train()
         eval_loss = trainer.evaluate()["eval_loss"]
     logger.info("training ended: eval_loss=%.4f", eval_loss)
-    loss_after, stop = answer_figures(model, tokenizer, eval_texts["text"], config.max_length)
+    loss_after, stop = answer_figures(model, tokenizer, eval_texts["text"])
     figures = {"eval_loss": eval_loss, "answer_loss_before": loss_before, "answer_loss": loss_after}
     figures |= {"stop_probability": stop, "supervised_eos": supervised_eos}
     trainer.log(dict(figures))

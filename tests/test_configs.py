@@ -88,6 +88,8 @@ def test_the_ranges_in_the_reference_are_those_that_are_checked(capsys):
             assert "must be above 0" in fault_of(capsys, f"--{name}=0")
         if allowed.endswith("0 or more"):
             assert "must be 0 or more" in fault_of(capsys, f"--{name}=-1")
+        if allowed.endswith("from 0 to 4294967295"):
+            assert "must be from 0 to 4294967295" in fault_of(capsys, f"--{name}=4294967296")
         if allowed.startswith("a whole number"):
             assert "invalid int value" in fault_of(capsys, f"--{name}=1.5")
         if allowed == "0 to below 1":

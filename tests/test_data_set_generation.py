@@ -66,6 +66,7 @@ def test_a_build_of_everything(tmp_path):
         "input": "",
         "output": "Mostly **edges**, see this paper.",
         "source": "HuggingFaceH4/stack-exchange-preferences https://ai.stackexchange.com/questions/1 "
+        "question by https://ai.stackexchange.com/users/77, "
         "answer by Ann1 https://ai.stackexchange.com/users/1, CC BY-SA",
     }
     code = by_text["Why does gradient descent diverge here?\n\n```\nlr = 10\nif loss < best:\n    best = loss\n```"]

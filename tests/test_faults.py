@@ -294,7 +294,7 @@ t.run_here(patch, folder, Path({str(tiny_qwen2)!r}), *flags, "--resume")
     )
     assert process.returncode == 0, process.stderr
     assert "error: the disk of outputs is full: " in process.stdout
-    assert "left: ['README.md', 'checkpoint-2', 'finetune_config.json', 'held_out.jsonl']" in process.stdout
+    assert "left: ['checkpoint-2', 'finetune_config.json', 'held_out.jsonl']" in process.stdout
     assert "whole: {'checkpoint-2': True}" in process.stdout
     assert "resuming from outputs/checkpoint-2" in process.stderr and "trained 6 steps" in process.stdout
 
@@ -445,7 +445,7 @@ def dataset_trial(folder: Path, number: random.Random, adapter: Path) -> None:
     array = mutated(json.dumps(records(6), indent=1).encode(), number)
     (folder / "data.json").write_bytes(array)
     for row in [*rows, *qwen.checked_rows(str(folder / "data.json"), "system")]:
-        row["state"].encode()  # as the dataset's table will hold it
+        (row["state"] + row["why"]).encode()  # as the dataset's table will hold it
 
 
 def yaml_trial(folder: Path, number: random.Random, adapter: Path) -> None:

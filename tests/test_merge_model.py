@@ -235,7 +235,9 @@ def test_what_can_not_be_is_said_before_anything_is_loaded(tiny_adapter, tiny_qw
     assert faults() == []
     assert "no adapter there" in faults(adapter=tiny_qwen2)[0]
     assert "was not trained on 4-bit weights" in faults(base_weights="dequantized")[0]
-    assert "exists and is no merged model of this script" in faults(output=tiny_qwen2)[0]
+    assert "is the base model of this adapter" in faults(output=tiny_qwen2)[0]
+    (tmp_path / "other").mkdir()
+    assert "exists and is no merged model of this script" in faults(output=tmp_path / "other")[0]
     assert "no LoRA adapter" in faults(adapter=broken("adapter_config.json", json_change(peft_type="IA3")))[0]
     (tmp_path / "copy" / "finetune_config.json").write_text("{")
     assert "not the record of a run" in faults(adapter=tmp_path / "copy")[0]

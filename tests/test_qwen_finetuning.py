@@ -189,11 +189,11 @@ def test_resuming_another_run_is_refused(finished, tiny_qwen2, monkeypatch):
 
 
 def test_overwrite_removes_only_what_a_run_wrote(tmp_path):
-    for name in ("checkpoint-5/x", "checkpoint-final/x", "loss_curve.png", "notes.txt", "mine/x"):
+    for name in ("checkpoint-5/x", "checkpoint-final/x", "loss_curve.png", "README.md", "mine/x", "checkpoint-mine/x"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     qwen.remove_earlier_run(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "checkpoint-mine", "mine"]
 
 
 # ------------------------------------------------------------------------------ rows and their ledger
@@ -274,6 +274,36 @@ def test_arrays_and_byte_order_marks_are_read(tmp_path):
     rows = list(qwen.read_rows(tmp_path / "a.json"))
     assert [record for _, record, _ in rows] == records(3)
     assert rows[1][0].endswith("a.json:7")
+
+
+def rows_in(path: Path, text: str) -> list[tuple]:
+    """(line, record, fault) of each row that is read from a file with this text."""
+    path.write_text(text, encoding="utf-8")
+    return [(int(where.rpartition(":")[2]), record, fault) for where, record, fault in qwen.read_rows(path)]
+
+
+def test_no_good_row_around_a_damaged_one_is_lost_in_an_array(tmp_path):
+    array = json.dumps(records(4), indent=1, ensure_ascii=False)
+    found = rows_in(tmp_path / "a.json", array.replace("What costs 1?", 'What "costs 1?'))
+    assert [record for _, record, _ in found if record] == [record for i, record in enumerate(records(4)) if i != 1]
+    assert [(line, fault[:8]) for line, _, fault in found if fault] == [(7, "not JSON")]
+    lines = "[" + ",\n".join(map(json.dumps, records(3)))  # an array that is cut, in a file of either name
+    for name in ("cut.json", "cut.jsonl"):
+        found = rows_in(tmp_path / name, lines)
+        assert [record for _, record, _ in found] == [*records(3), None] and "not JSON" in found[-1][2]
+
+
+def test_what_stands_behind_an_array_is_named_and_lines_are_still_read(tmp_path):
+    first, second = (json.dumps([record]) for record in records(2))
+    found = rows_in(tmp_path / "two.json", f"{first}\n\n{second}\n")
+    assert found[0][1] == records(2)[0] and found[1][0] == 3 and "text behind the array" in found[1][2]
+    found = rows_in(tmp_path / "two.jsonl", f"{first}\n{json.dumps(records(2)[1])}\n")
+    assert found == [(1, None, "expected an object, found list"), (2, records(2)[1], "")]
+
+
+def test_an_empty_column_of_a_table_is_no_shape(tmp_path):
+    record = {"instruction": "q", "output": "a", "messages": None, "conversations": None, "system": None}
+    assert [message["content"] for message in qwen.messages_of(record)] == ["q", "a"]
 
 
 def test_the_preview_tells_what_carries_loss():
@@ -431,7 +461,7 @@ def test_4_bit_training_goes_on_learning_after_evaluations(tmp_path, tiny_qwen2,
     [
         (("cuda", True, True, True), ("bfloat16", True, "flash_attention_2", {"": 0})),
         (("cuda", True, False, True), ("bfloat16", True, "sdpa", {"": 0})),
-        (("cuda", False, False, True), ("float16", True, "sdpa", {"": 0})),
+        (("cuda", False, True, True), ("float16", True, "sdpa", {"": 0})),
         (("cpu", True, False, True), ("bfloat16", True, "sdpa", {"": "cpu"})),
         (("cpu", False, False, True), ("float32", True, "sdpa", {"": "cpu"})),
         (("cpu", False, False, False), ("float32", False, "sdpa", {"": "cpu"})),
@@ -454,7 +484,7 @@ def test_rows_that_attend_one_by_one_get_the_logits_of_each_row_alone(tiny_qwen2
     import torch
     from transformers import AttentionInterface, AutoModelForCausalLM
 
-    monkeypatch.setattr(qwen, "ROW_BY_PRODUCTS", longest)
+    monkeypatch.setattr(qwen, "LONGEST_BY_PRODUCTS", longest)
     AttentionInterface.register("by_rows", qwen.attend_by_rows)
     rows = [torch.tensor(row["input_ids"]) for row in encoded_rows(4)]
     starts = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
@@ -537,6 +567,9 @@ def test_yaml_is_taken_over_by_the_command_line(tmp_path):
         (["--eval_ratio", "1.5"], "from 0 to below 1"),
         (["--save_steps", "30"], "no multiple of --eval_steps"),
         (["--resume", "--overwrite"], "exclude each other"),
+        (["--model_dir", "x", "--tokenizer_dir", "x"], "neither may hold the other"),
+        (["--model_dir", "."], "neither may hold the other or --output_dir"),
+        (["--num_train_epochs", "inf", "--split_seed", "-1"], "--split_seed is -1; it must be from 0 to 4294967295"),
         (["--config", "missing.yaml"], "can not be read"),
         (["--config", "wrong.yaml"], "the nearest known one is 'lora_r'"),
         (["--overlong", "cut"], "invalid choice"),
@@ -559,7 +592,14 @@ def test_wrong_files_end_with_1_before_any_weight_is_read(tmp_path, tiny_qwen2):
     (tmp_path / "pickle" / "pytorch_model.bin").touch()
     cases = [
         (["--dataset_path", "none.jsonl"], "none.jsonl: no such dataset"),
+        (["--dataset_path", "x" * 5000], "no such dataset"),
         (["--dataset_path", "empty.jsonl", "--model_name", "hollow"], "hollow: no *.safetensors"),
+        (
+            ["--dataset_path", "seven.jsonl", "--model_dir", "pickle"],
+            "pickle would be replaced, and it holds no",
+        ),
+        (["--dataset_path", "seven.jsonl", "--output_dir", "seven.jsonl/out"], "nothing can be written there"),
+        (["--dataset_path", "seven.jsonl", "--skip_bad_rows", "--eval_ratio", "0.9"], "none is left to train on"),
         (["--dataset_path", "empty.jsonl", "--model_name", "pickle"], "pickle: no *.safetensors"),
         (["--dataset_path", "empty.jsonl", "--model_name", "./gone"], "./gone: no such folder"),
         (["--dataset_path", "empty.jsonl", "--model_name", "seven.jsonl"], "seven.jsonl is a file; a model is"),
@@ -572,6 +612,18 @@ def test_wrong_files_end_with_1_before_any_weight_is_read(tmp_path, tiny_qwen2):
         process = run_script("qwen_finetuning.py", "--model_name", tiny_qwen2, *flags, cwd=tmp_path)
         assert (process.returncode, words in process.stderr) == (1, True), (flags, process.stderr)
         assert "Traceback" not in process.stderr
+
+
+def test_a_base_with_weights_missing_is_not_trained_on_random_numbers(tmp_path, tiny_qwen2):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(tiny_qwen2, tmp_path / "half")
+    weights = {name: value for name, value in load_file(model / "model.safetensors").items() if "layers.1" not in name}
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(qwen.UserError, match="12 weights are missing from its files, such as model.layers.1"):
+        qwen.load_model(qwen.FinetuneConfig(model_name=str(model)), qwen.find_device(False, "float32"))
 
 
 def test_dry_run_reads_no_weights(tmp_path, tiny_qwen2, monkeypatch, capsys):

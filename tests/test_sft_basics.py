@@ -114,7 +114,7 @@ def test_both_formats_are_measured_on_the_same_answer_tokens(tiny_gpt2):
 
     for mode in (True, False):
         texts = sft.build_dataset(sft.FinetuneConfig(instruction_mode=mode))["text"]
-        loss, stop = sft.answer_figures(Uniform(), tokenizer, texts, 512)
+        loss, stop = sft.answer_figures(Uniform(), tokenizer, texts)
         assert loss == pytest.approx(math.log(len(tokenizer)), rel=1e-5)
         assert stop == pytest.approx(1 / len(tokenizer), rel=1e-5)
         answers = [text[text.index("\n回答：") + 4 :] for text in texts]
@@ -141,7 +141,7 @@ def test_answer_loss_equals_a_plain_count_over_the_answers(tiny_gpt2):
         for position in range(prompt, len(ids)):
             total -= chances[position - 1, ids[position]].item()
             count += 1
-    assert sft.answer_figures(model, tokenizer, texts, 512)[0] == pytest.approx(total / count, rel=1e-5)
+    assert sft.answer_figures(model, tokenizer, texts)[0] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_memory_of_full_finetuning_in_known_figures():

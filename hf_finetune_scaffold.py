@@ -261,9 +261,8 @@ def main(config: CliConfig) -> None:
         model.gradient_checkpointing_enable()
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    parts = dataset.train_test_split(
-        min(math.ceil(config.test_size * len(dataset)), len(dataset) - 1), seed=42
-    ).values()
+    held_out = min(math.ceil(config.test_size * len(dataset)), len(dataset) - 1)  # one row at least to train on
+    parts = dataset.train_test_split(held_out, seed=42).values()
     train, test = (tokenize_dataset(p, tokenizer, config.max_length, config.dynamic_padding) for p in parts)
     args = TrainingArguments(
         output_dir=str(config.output_dir),
@@ -274,7 +273,6 @@ def main(config: CliConfig) -> None:
         include_num_input_tokens_seen="all",  # padding too: what --dynamic_padding saves
         **device_settings() | {"logging_steps": 1, "save_strategy": "epoch", "report_to": "none"},
     )
-    # the collator pads to the longest of a batch, labels with -100
     trainer = Trainer(model, args, DataCollatorForSeq2Seq(tokenizer), train, test, processing_class=tokenizer)
     with redirect_stdout(sys.stderr):  # where the Trainer's log belongs: stdout is for results
         trainer.train()

@@ -299,7 +299,7 @@ def read_run(folder: Path) -> dict:
 
     Raises UserError where a part that the scripts use is of another kind than the training writes.
     """
-    path, sections = folder / "finetune_config.json", ("settings", "chat_template", "dataset")
+    path, sections = folder / "finetune_config.json", ("settings", "chat_template", "dataset", "merged")
     if not path.is_file():
         return {}
     kinds = dict.fromkeys(sections, dict) | {"max_seq_length": int, "held_out": list, "end_of_turn_ids": list}
@@ -386,7 +386,8 @@ def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: boo
     if load_in_4bit is None:
         load_in_4bit = adapter and bool(settings.get("load_in_4bit"))
     with explaining("base model" if adapter else "model", base):
-        device = find_device(load_in_4bit, settings.get("dtype", "auto"))
+        # a merged model runs in the type that its merge found to keep what was trained
+        device = find_device(load_in_4bit, run.get("merged", {}).get("dtype") or settings.get("dtype", "auto"))
         if device.four_bit:
             quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=device.dtype)
         model, report = AutoModelForCausalLM.from_pretrained(

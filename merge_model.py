@@ -226,7 +226,7 @@ def read_run(folder: Path) -> dict:
 
     Raises UserError where a part that the scripts use is of another kind than the training writes.
     """
-    path, sections = folder / "finetune_config.json", ("settings", "chat_template", "dataset")
+    path, sections = folder / "finetune_config.json", ("settings", "chat_template", "dataset", "merged")
     if not path.is_file():
         return {}
     kinds = dict.fromkeys(sections, dict) | {"max_seq_length": int, "held_out": list, "end_of_turn_ids": list}

@@ -292,3 +292,10 @@ def test_the_demo_answers_alike_through_inference_chat_and_plain_peft(demo, monk
         talk = chat.Conversation(model, tokenizer, chat.Config(**options), run["system_prompt"])
         talk.ask(question)
         assert talk.turns[-1]["content"] == expected
+
+
+def test_a_merged_model_runs_in_the_type_that_its_merge_chose(tiny_adapter, tmp_path):
+    merge, inference = load_script("merge_model"), load_script("inference")
+    merge.main(merge.Config(adapter=tiny_adapter, output=tmp_path / "merged", dtype="float16"))
+    model, _, run = inference.load_chat_model(str(tmp_path / "merged"), None, False)
+    assert run["settings"]["dtype"] == "float32" and str(model.dtype) == "torch.float16"

@@ -257,9 +257,9 @@ def explaining(what: str, name: str) -> Iterator[None]:
     """Turn a failed download or a broken folder into one line that says what to do."""
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # for a cut or foreign file the libraries raise what they like (SafetensorError, ...)
+    except BaseException as error:  # for a cut file the libraries raise what they like; a panic in Rust is no Exception
         reason, mend = " ".join(str(error).split())[:300].rstrip("."), ""
         if "trust_remote_code" in str(error):  # the library's own text is long, and asks to visit the hub
             reason = "it brings Python code of its own; read it, and pass --trust_remote_code to run it"

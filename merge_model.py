@@ -469,7 +469,7 @@ def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: 
         batches[-1].append(row)
     training, total, count = model.training, 0.0, 0
     model.eval()
-    for batch in tqdm(batches, desc="loss"):
+    for batch in tqdm(batches, desc="loss", leave=False):
         ids, labels = (torch.tensor(sum((row[key] for row in batch), [])) for key in ("input_ids", "labels"))
         positions = torch.tensor([place for row in batch for place in range(len(row["input_ids"]))])
         starts = positions == 0

@@ -1230,7 +1230,7 @@ def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: 
         batches[-1].append(row)
     training, total, count = model.training, 0.0, 0
     model.eval()
-    for batch in tqdm(batches, desc="loss"):
+    for batch in tqdm(batches, desc="loss", leave=False):
         ids, labels = (torch.tensor(sum((row[key] for row in batch), [])) for key in ("input_ids", "labels"))
         positions = torch.tensor([place for row in batch for place in range(len(row["input_ids"]))])
         starts = positions == 0
@@ -1799,11 +1799,9 @@ def open_model(config: FinetuneConfig) -> tuple[PreTrainedTokenizerBase, Pretrai
     if config.demo:
         fetch_demo_model()
     if Path(config.model_name).suffix == ".gguf":  # 4-bit loading wants an ordinary folder
-        facts = os.stat(config.model_name)
-        name = (
-            f"{os.path.realpath(config.model_name)} {facts.st_size} {facts.st_mtime_ns}"  # another file, another folder
-        )
-        folder = Path("models") / f"{Path(config.model_name).stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        path, facts = Path(config.model_name).resolve(), os.stat(config.model_name)
+        mark = hashlib.sha256(f"{path} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:8]
+        folder = Path("models") / f"{path.stem}-{mark}"  # another file of this name gets another folder
         if not (folder / "model.safetensors").is_file():
             convert_gguf(Path(config.model_name), folder)
         config.model_name = str(folder)

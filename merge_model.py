@@ -365,6 +365,7 @@ class Merge:
             # Must come before any forward: in eval mode that repacks 4-bit weights on CPUs with AVX512-BF16, and
             # dequantising packed weights gives rubbish (bitsandbytes 0.50.2).
             model = model.dequantize()
+            gc.collect()  # the 4-bit layers, which refer to themselves in circles
         with explaining("adapter", self.adapter):
             return PeftModel.from_pretrained(model, self.adapter).eval()  # keeps the adapter in float32
 

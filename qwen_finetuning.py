@@ -1475,7 +1475,7 @@ def progress_callback(run: dict):
         def on_train_begin(self, args, state, control, model, **_):
             if not args.deepspeed:  # it keeps its own views of the parameters
                 cast_adapter(model)
-            self.begin = self.last = time.monotonic()
+            self.begin, self.busy = time.monotonic(), 0.0  # busy: seconds in steps since the last line
             self.first_step, self.tokens = state.global_step, 0
             self.terminated = False
             self.earlier = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
@@ -1483,7 +1483,11 @@ def progress_callback(run: dict):
         def on_train_end(self, args, state, control, **_):
             signal.signal(signal.SIGTERM, self.earlier)
 
+        def on_step_begin(self, args, state, control, **_):
+            self.step_began = time.monotonic()
+
         def on_step_end(self, args, state, control, **_):
+            self.busy += time.monotonic() - self.step_began
             if process_count() > 1:  # the signal may reach them in different steps, and they must save the same one
                 import torch
 
@@ -1496,26 +1500,23 @@ def progress_callback(run: dict):
         def on_log(self, args, state, control, logs, **_):
             if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
                 return
-            now = time.monotonic()
             place = f"Epoch {max(math.ceil(state.epoch), 1)}/{state.num_train_epochs} · "
             place += f"Step {state.global_step}/{state.max_steps}"
             if "eval_loss" in logs:
                 say(f"{place} · eval_loss {logs['eval_loss']:.3f}")
             else:
-                speed = (logs["num_tokens"] - self.tokens) / (now - self.last)
-                elapsed = now - self.begin
+                speed = (logs["num_tokens"] - self.tokens) / self.busy
+                elapsed = time.monotonic() - self.begin
                 left = elapsed / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
                 say(
                     f"{place} · loss {logs['loss']:.3f} · lr {logs['learning_rate']:.1e} · {speed:.0f} tok/s · "
                     f"{timedelta(seconds=int(elapsed))} elapsed · {timedelta(seconds=int(left))} left"
                 )
-                self.tokens = logs["num_tokens"]
-            self.last = now
+                self.tokens, self.busy = logs["num_tokens"], 0.0
 
         def on_save(self, args, state, control, **_):
             if state.is_world_process_zero:
                 write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "finetune_config.json", run)
-            self.last = time.monotonic()
             if self.terminated:
                 from accelerate import PartialState
 

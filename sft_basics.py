@@ -270,6 +270,7 @@ def run_training(config: FinetuneConfig) -> dict[str, float]:
 
 def main(configs: list[FinetuneConfig]) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for kernels that this lesson does not need
     first = os.environ.get("RANK", "0") == "0"  # of several processes the first speaks
     logger.setLevel(logging.INFO if first else logging.ERROR)
     results = {config.output_dir.name: run_training(config) for config in configs}

@@ -516,8 +516,8 @@ class KeywordMatcher:
     """
 
     # a word ends where Chinese, Japanese or Korean text begins: "AI芯片" holds the word "AI"
-    CHINESE = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-    WORD = re.compile(rf"[^\W{CHINESE}]+")
+    CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+    WORD = re.compile(rf"[^\W{CJK}]+")
     ASCII_WORD = re.compile(r"\w+", re.ASCII)  # the same for ASCII text, in half the time
 
     def __init__(self, keywords: dict[str, Sequence[str]]):
@@ -526,7 +526,7 @@ class KeywordMatcher:
             words, phrases, chinese = set(), [], []
             for keyword in of_domain:
                 parts = self.WORD.findall(keyword)
-                if re.search(f"[{self.CHINESE}]", keyword):
+                if re.search(f"[{self.CJK}]", keyword):
                     chinese.append(keyword)
                 elif len(parts) == 1:
                     words.add(parts[0] if keyword.isupper() else parts[0].lower())

@@ -345,8 +345,8 @@ def load_tokenizer(name: str, source: dict, run: dict) -> PreTrainedTokenizerBas
     """
     from transformers import AutoTokenizer
 
-    left = run.get("settings", {}).get("tokenizer_dir", "Qwen_finetuning_tokenizer")
-    places = (left, name) if os.path.isdir(name) else ()
+    of_training = run.get("settings", {}).get("tokenizer_dir", "Qwen_finetuning_tokenizer")
+    places = (of_training, name) if os.path.isdir(name) else ()
     for folder in places:  # the last one counts: the model's own, where there is one
         if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
             source = {"pretrained_model_name_or_path": folder, "trust_remote_code": source["trust_remote_code"]}

@@ -434,7 +434,7 @@ def explaining(what: str, name: str) -> Iterator[None]:
     """Turn a failed download or a broken folder into one line that says what to do."""
     try:
         yield
-    except (UserError, KeyboardInterrupt, SystemExit):
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # for a cut file the libraries raise what they like; a panic in Rust is no Exception
         reason, mend = " ".join(str(error).split())[:300].rstrip("."), ""

@@ -209,6 +209,13 @@ def test_each_shortage_becomes_one_line_and_other_errors_stay():
             raise other
 
 
+def test_rows_of_a_folder_that_nobody_reads_on_are_no_fault(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", records(3))
+    rows = qwen.dataset_rows(str(tmp_path))
+    assert next(rows)[1]["instruction"] == "What costs 0?"
+    rows.close()
+
+
 def test_memory_that_runs_out_in_training_ends_with_the_remedies(ready, tiny_qwen2, monkeypatch):
     import torch
 

@@ -552,7 +552,7 @@ def rows_to_judge(config: Config, run: dict) -> tuple[list[dict], dict]:
         still = f"{len(chosen)} of the {len(held_out)} held-out rows are still in it"
         say(f"warning: {source} has changed since the training (its SHA-256 differs); {still}")
     if not chosen:
-        raise UserError(f"{source}: no row to judge by among {len(rows)} usable ones; raise --eval_ratio to take more")
+        raise UserError(f"{source}: no row to judge by among {len(rows)} usable ones; --eval_ratio 1 takes all")
     return chosen[: config.limit], about
 
 

@@ -105,6 +105,28 @@ def test_an_adapter_of_a_4_bit_model_is_merged_into_the_weights_it_was_trained_o
     assert near < 1e-5 and far > 20 * near
 
 
+@pytest.mark.parametrize("trained_in, held_in", [("float32", "float16"), ("bfloat16", "bfloat16")])
+def test_the_dequantised_base_takes_sixteen_bits(trained_in, held_in, four_bit_adapter):
+    """Without its 4-bit layers, and as the library dequantises: what trained in float32 would take twice the room."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    script = load_script("merge_model")
+    run = script.read_run(four_bit_adapter) | {"dtype": trained_in}
+    merge = script.Merge(script.Config(adapter=four_bit_adapter), run)
+    model = merge.with_adapter("dequantized", "float16")
+    assert {str(p.dtype) for name, p in model.named_parameters() if "lora_" not in name} == {f"torch.{held_in}"}
+    quantization = BitsAndBytesConfig(**script.NF4)
+    base = AutoModelForCausalLM.from_pretrained(merge.base, dtype=held_in, quantization_config=quantization)
+    expected = base.dequantize().state_dict()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    assert len(layers) == 14  # seven in each of two blocks
+    for name, layer in layers.items():
+        assert type(layer.get_base_layer()) is torch.nn.Linear
+        assert torch.equal(layer.get_base_layer().weight, expected[name.removeprefix("base_model.model.") + ".weight"])
+
+
 def test_the_folder_is_an_ordinary_model(four_bit_adapter, tmp_path):
     merge(four_bit_adapter, tmp_path / "merged", base_weights="dequantized", dtype="float16")
     folder = tmp_path / "merged"

@@ -57,13 +57,16 @@ def setting(default, help: str, **extra):
 # What a setting must be: a test of its value, and the words for it.
 POSITIVE = (lambda value: 0 < value < math.inf, "above 0")
 NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+UTF8_TEXT = (lambda value: not re.search("[\ud800-\udfff]", value), "text in UTF-8")
 PART = (lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 
 @dataclass
 class Config:
     model: str = setting("Qwen_finetuning_model", "adapter or model folder, checkpoint, hub id or .gguf file")
-    system_prompt: str | None = setting(None, "system message; None takes the one of the training, '' none")
+    system_prompt: str | None = setting(
+        None, "system message; None takes the one of the training, '' none", must=UTF8_TEXT
+    )
     max_new_tokens: int = setting(512, "longest answer in tokens", must=POSITIVE)
     temperature: float = setting(0.8, "0 always takes the likeliest token; higher is freer", must=NOT_NEGATIVE)
     top_p: float = setting(0.9, "sample from the likeliest tokens up to this share", must=PART)
@@ -604,7 +607,7 @@ def obey(line: str, talk: Conversation) -> None:
     elif command == "/compare":
         talk.compare()
     elif command == "/save" and text:
-        save(Path(text).expanduser(), talk)
+        save(Path(os.path.expanduser(text)), talk)  # unlike Path's it leaves ~nobody as it is
     elif command == "/help":
         print(HELP, file=sys.stderr)
     else:
@@ -642,6 +645,8 @@ def main(config: Config) -> None:
             return
         except KeyboardInterrupt:  # at the prompt, or before the first word of an answer
             print(file=sys.stderr)
+        except torch.OutOfMemoryError:
+            print("[out of memory; /save keeps the conversation, /reset makes room]", file=sys.stderr)
         except UserError as error:
             print(f"[{error}]", file=sys.stderr)
 
@@ -653,3 +658,5 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever reads has enough, as in `python chat.py < questions.txt | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has nowhere to go

@@ -232,6 +232,8 @@ def files_of(path: str) -> list[str]:
 
     Raises UserError where there is none, or the hub cannot be reached.
     """
+    if not path:
+        raise UserError("no name of a file, folder or hub id; what --ratios gives no share is not read")
     if Path(path).exists():
         found = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
         files = [str(file) for file in found if file.suffix in SUFFIXES and file.is_file()]
@@ -386,7 +388,7 @@ def training_record(row: dict) -> dict:
     if system != "\0":
         record["system"] = system  # an empty one too: it says that the record wants no system prompt
     if row.get("source") is not None:
-        record["source"] = row["source"] if isinstance(row["source"], str) else json.dumps(row["source"])
+        record["source"] = row["source"] if isinstance(row["source"], str) else json.dumps(row["source"], default=str)
     return record
 
 
@@ -487,7 +489,7 @@ class Part:
 
     def __init__(self, source: Source, path: str, seed: int, folder: Path):
         self.source, self.path, self.seed = source, path, seed
-        local = Path(path).exists()
+        local = bool(path) and Path(path).exists()
         self.label = Path(path).name if local else path.partition(":")[0]
         self.files = files_of(path) if local else []
         versions = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in self.files]
@@ -503,7 +505,8 @@ class Part:
         self.db.execute("CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, key, shares, line)")
         # a killed build reads the stream again from its beginning, and converts what comes after the last of these rows
         self.last = self.db.execute("SELECT coalesce(max(number), 0) FROM rows").fetchone()[0]
-        self.complete = self.db.execute("PRAGMA user_version").fetchone()[0]  # 1 when the stream was read to its end
+        # a number that SQLite keeps for its users: here 1 when the stream was read to its end
+        self.complete = self.db.execute("PRAGMA user_version").fetchone()[0]
         if not local and not self.last:
             self.files = files_of(path)  # now, so that all sources that cannot be opened are named together
 
@@ -591,7 +594,10 @@ class Mix:
         return False
 
     def candidate(self, share: str) -> tuple[str, int, int] | None:
-        """(source, number, key) of the next row for a share, chosen before or not."""
+        """(source, number, key) of the next row for a share, chosen before or not.
+
+        Rows come in the order of their source. One that fits another share waits until that share asks.
+        """
         query = "SELECT id, source, number, key FROM waiting WHERE share = ? ORDER BY id LIMIT 1"
         row = self.db.execute(query, (share,)).fetchone()
         if row:
@@ -703,7 +709,7 @@ def build(sources: list[Source], ratios: dict[str, float], config: Config) -> No
 
 
 def convert_file(config: Config) -> None:
-    """Convert and check one file or folder; its order stays, exact duplicates go. UserError without a good row."""
+    """Convert and check one file or folder; its order stays, duplicates (`key_of`) go. UserError without a good row."""
     output = config.output or Path("data/processed") / (config.input.stem + ".jsonl")
     written, duplicate, rejected = set(), 0, []
     try:

@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from html import unescape
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -41,8 +42,8 @@ RATIOS = {"my_reports": 0.1, "orca": 0.3, "bio": 0.2, "ai": 0.2, "ic": 0.2}  # b
 MY_REPORT_DATA_PATH = "my_dataset.json"
 OUTPUT_FILE = "mixed_finetune_dataset.jsonl"
 
-# A keyword in capitals is an acronym and matches as written; others match in any case. Whole words, but a keyword
-# with Chinese characters matches anywhere.
+# A word in capitals is an acronym and matches as written; other words and all phrases match in any case. Whole words,
+# but a keyword with Chinese characters matches as written, anywhere.
 KEYWORDS = {
     "ai": (
         "AI", "LLM", "LLMs", "NLP", "CNN", "RNN", "LSTM", "GAN", "SVM", "PCA", "artificial intelligence",
@@ -180,6 +181,8 @@ def keywords_of(path: Path | None) -> dict[str, Sequence[str]]:
     lists = keywords.values() if isinstance(keywords, dict) and set(keywords) == set(KEYWORDS) else [None]
     if not all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists):
         raise ValueError(f"--keywords {path}: expected an object of three lists of words: {', '.join(KEYWORDS)}")
+    if marked := [word for words in lists for word in words if not re.fullmatch(r"\w+([ -]\w+)*", word)]:
+        raise ValueError(f"--keywords {path}: only words of letters and digits are found, not {marked[:5]}")
     return keywords
 
 
@@ -274,6 +277,8 @@ def files_of(path: str) -> list[str]:
 
     Raises UserError where there is none, or the hub cannot be reached.
     """
+    if not path:
+        raise UserError("no name of a file, folder or hub id; what --ratios gives no share is not read")
     if Path(path).exists():
         found = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
         files = [str(file) for file in found if file.suffix in SUFFIXES and file.is_file()]
@@ -428,7 +433,7 @@ def training_record(row: dict) -> dict:
     if system != "\0":
         record["system"] = system  # an empty one too: it says that the record wants no system prompt
     if row.get("source") is not None:
-        record["source"] = row["source"] if isinstance(row["source"], str) else json.dumps(row["source"])
+        record["source"] = row["source"] if isinstance(row["source"], str) else json.dumps(row["source"], default=str)
     return record
 
 
@@ -478,7 +483,7 @@ def convert_stackexchange(row: dict, matcher: KeywordMatcher, min_score: int) ->
     if not isinstance(best.get("text"), str):
         raise ValueError(f"the answer's text is {type(best.get('text')).__name__}, not text")
     # before the slow part, which most rows need not see; without tags, as a link's address is no keyword
-    domains = matcher.domains(TAG.sub(" ", question + " " + best["text"]))
+    domains = matcher.domains(unescape(TAG.sub(" ", question + " " + best["text"])))
     if not domains:
         return None
     metadata = row.get("metadata")  # addresses of the question, the site and the asker
@@ -611,22 +616,33 @@ def block_of(node: _Element) -> list[str]:
         return list_of(node)
     if tag == "blockquote":
         text = "\n\n".join(blocks_of(node))
-        return [re.sub("^(?=.)", "> ", text, flags=re.M).replace("\n\n", "\n>\n")] if text else []
+        return ["\n".join(f"> {line}" if line else ">" for line in text.split("\n"))] if text else []
     if tag == "hr":
         return ["---"]
     if tag == "table":
-        rows = [[" ".join(blocks_of(cell)).replace("\n", " ") for cell in row] for row in node.iter("tr")]
-        lines = ["| " + " | ".join(cells) + " |" for cells in rows]
-        return ["\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])] if lines else []
+        return table_of(node)
     blocks = blocks_of(node)
     if tag[0] == "h" and tag[1:].isdigit() and blocks:
         return ["#" * int(tag[1:]) + " " + " ".join(blocks)]
     return blocks
 
 
+def table_of(node: _Element) -> list[str]:
+    """A table's caption, with what else stands in no row, and its rows; none if it is empty."""
+    lines, columns = [], 0
+    for row in node.xpath("./tr | ./*/tr"):
+        cells = [blocks_of(cell) + paragraph(squeeze(cell.tail)) for cell in row]
+        stray = paragraph(squeeze(row.text))  # text that stands in no cell
+        cells = [stray, *cells] if stray else cells
+        lines.append("| " + " | ".join(" ".join(cell).replace("\n", " ").replace("|", "\\|") for cell in cells) + " |")
+        columns = columns or len(cells)
+        row.clear(keep_tail=True)
+    return blocks_of(node) + (["\n".join([lines[0], "|" + " --- |" * columns, *lines[1:]])] if columns else [])
+
+
 def list_of(node: _Element) -> list[str]:
     """A list as one block; none if it is empty. Where an item has several paragraphs, empty lines part the items."""
-    lines, gap, start = [], "\n", node.get("start", "")
+    lines, gap, start = paragraph(squeeze(node.text)), "\n", node.get("start", "")
     for number, item in enumerate(node, start=int(start) if start.isdecimal() else 1):
         blocks = blocks_of(item)
         has_paragraphs = any(part.tag in ("p", "pre", "blockquote") for part in item)
@@ -635,6 +651,7 @@ def list_of(node: _Element) -> list[str]:
         mark = "- " if node.tag == "ul" else f"{number}. "
         text = ("\n\n" if has_paragraphs else "\n").join(blocks)
         lines.append(mark + re.sub(r"\n(?=[^\n])", "\n" + " " * len(mark), text))
+        lines += paragraph(squeeze(item.tail))  # text that stands in no item
     return [gap.join(lines)] if lines else []
 
 
@@ -721,7 +738,7 @@ class Part:
 
     def __init__(self, source: Source, path: str, seed: int, folder: Path):
         self.source, self.path, self.seed = source, path, seed
-        local = Path(path).exists()
+        local = bool(path) and Path(path).exists()
         self.label = Path(path).name if local else path.partition(":")[0]
         self.files = files_of(path) if local else []
         versions = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in self.files]
@@ -737,7 +754,8 @@ class Part:
         self.db.execute("CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, key, shares, line)")
         # a killed build reads the stream again from its beginning, and converts what comes after the last of these rows
         self.last = self.db.execute("SELECT coalesce(max(number), 0) FROM rows").fetchone()[0]
-        self.complete = self.db.execute("PRAGMA user_version").fetchone()[0]  # 1 when the stream was read to its end
+        # a number that SQLite keeps for its users: here 1 when the stream was read to its end
+        self.complete = self.db.execute("PRAGMA user_version").fetchone()[0]
         if not local and not self.last:
             self.files = files_of(path)  # now, so that all sources that cannot be opened are named together
 
@@ -825,7 +843,10 @@ class Mix:
         return False
 
     def candidate(self, share: str) -> tuple[str, int, int] | None:
-        """(source, number, key) of the next row for a share, chosen before or not."""
+        """(source, number, key) of the next row for a share, chosen before or not.
+
+        Rows come in the order of their source. One that fits another share waits until that share asks.
+        """
         query = "SELECT id, source, number, key FROM waiting WHERE share = ? ORDER BY id LIMIT 1"
         row = self.db.execute(query, (share,)).fetchone()
         if row:

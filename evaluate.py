@@ -68,6 +68,7 @@ def setting(default, help: str, **extra):
 # What a setting must be: a test of its value, and the words for it.
 POSITIVE = (lambda value: 0 < value < math.inf, "above 0")
 NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+UTF8_TEXT = (lambda value: not re.search("[\ud800-\udfff]", value), "text in UTF-8")
 PART = (lambda value: 0 < value <= 1, "above 0 and at most 1")
 ANY_SEED = (lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
 
@@ -84,7 +85,9 @@ class Config:
     max_seq_length: int | None = setting(
         None, "cut longer rows for the loss; None: as trained, else 2048", must=POSITIVE
     )
-    system_prompt: str | None = setting(None, "system message; None takes the one of the training, '' none")
+    system_prompt: str | None = setting(
+        None, "system message; None takes the one of the training, '' none", must=UTF8_TEXT
+    )
     rouge: bool = setting(False, "ROUGE-1, ROUGE-2 and ROUGE-L, with 95 % intervals")
     bleu: bool = setting(False, "BLEU, with a 95 % interval")
     metrics: tuple[str, ...] = setting((), "metrics of the evaluate library: names or paths; runs their Python code")

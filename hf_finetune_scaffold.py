@@ -171,7 +171,6 @@ def load(name: str, flag: str, tokens: int) -> tuple[PreTrainedTokenizerBase, Pr
     """Tokenizer (pad = EOS where it has no pad) and float32 model. UserError where they can not be read or not fit."""
     import psutil
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -191,12 +190,13 @@ def load(name: str, flag: str, tokens: int) -> tuple[PreTrainedTokenizerBase, Pr
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return tokenizer, AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # for a cut file the libraries raise what they like
         cause = "no whole model in this folder" if Path(name).is_dir() else "no such folder, and no hub model reached"
-        raise UserError(
+        fault = UserError(
             f"{name}: {cause} ({' '.join(str(error).split())[:200]}). Look at the name, the network, HF_HUB_OFFLINE, "
             f"or pass {flag} with a model folder such as {SMALL_MODEL} (qwen_finetuning.py --demo makes it)."
-        ) from None
+        )
+        raise error if isinstance(error, UserError) else fault from None
 
 
 # Same in: hf_finetune_scaffold.py, sft_basics.py
@@ -256,9 +256,8 @@ def main(config: CliConfig) -> None:
         write_whole(EXAMPLE_DATA, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         print(f"{EXAMPLE_DATA}: {len(records)} translation records written", file=sys.stderr)
     dataset = load_dataset(config.data_path, config.skip_bad_rows)
-    tokenizer, model = load(config.model_name, "--model", config.batch_size * config.max_length)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    sure = 1 if config.dynamic_padding or config.gradient_checkpointing else config.max_length  # tokens kept of a row
+    tokenizer, model = load(config.model_name, "--model", config.batch_size * sure)
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     held_out = min(math.ceil(config.test_size * len(dataset)), len(dataset) - 1)  # one row at least to train on
@@ -270,6 +269,7 @@ def main(config: CliConfig) -> None:
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         num_train_epochs=config.num_train_epochs,
+        gradient_checkpointing=config.gradient_checkpointing,
         include_num_input_tokens_seen="all",  # padding too: what --dynamic_padding saves
         **device_settings() | {"logging_steps": 1, "save_strategy": "epoch", "report_to": "none"},
     )

@@ -6,7 +6,7 @@
 
 Reads   --model: an adapter folder, a checkpoint, a merged folder, a hub id or a .gguf file; beside an adapter
         finetune_config.json, so that the prompt is written exactly as in training
-Writes  the answer to stdout, nothing else
+Writes  the answer to stdout; to stderr how many tokens it has, how fast they came, and why they ended
 
 It answers one question; for a conversation there is chat.py, for many questions evaluate.py.
 """
@@ -57,15 +57,20 @@ def setting(default, help: str, **extra):
 # What a setting must be: a test of its value, and the words for it.
 POSITIVE = (lambda value: 0 < value < math.inf, "above 0")
 NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+UTF8_TEXT = (lambda value: not re.search("[\ud800-\udfff]", value), "text in UTF-8")
 PART = (lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 
 @dataclass
 class Config:
     model: str = setting("Qwen_finetuning_model", "adapter or model folder, checkpoint, hub id or .gguf file")
-    instruction: str = setting(INSTRUCTION, "what to ask; without it, a pipe on stdin is the instruction")
-    input: str = setting("", "further material, set under the instruction as in training")
-    system_prompt: str | None = setting(None, "system message; None takes the one of the training, '' none")
+    instruction: str = setting(
+        INSTRUCTION, "what to ask; without it, a pipe on stdin is the instruction", must=UTF8_TEXT
+    )
+    input: str = setting("", "further material, set under the instruction as in training", must=UTF8_TEXT)
+    system_prompt: str | None = setting(
+        None, "system message; None takes the one of the training, '' none", must=UTF8_TEXT
+    )
     max_new_tokens: int = setting(512, "longest answer in tokens", must=POSITIVE)
     temperature: float = setting(0.0, "0 always takes the likeliest token; higher is freer", must=NOT_NEGATIVE)
     top_p: float = setting(0.9, "with a temperature: sample from the likeliest tokens up to this share", must=PART)
@@ -473,6 +478,7 @@ def main(config: Config) -> None:
         raise UserError(fault)
     instruction = config.instruction
     if instruction == INSTRUCTION and sys.stdin and not sys.stdin.isatty():
+        print("reading the instruction from stdin", file=sys.stderr)  # or a pipe that stays open looks like a hang
         sys.stdin.reconfigure(errors="replace")
         instruction = sys.stdin.read().strip() or instruction
     quiet_libraries()
@@ -513,3 +519,5 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever reads has enough, as in `python inference.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has nowhere to go

@@ -54,7 +54,7 @@ PROMPTS = (
     "Write a Python function that reverses a string.",
     "CRISPR-Cas9 如何识别目标DNA序列？",
 )
-# Largest mean KL divergence, in nats, that storing and running in a type may cost; measured values are far below.
+# Largest mean KL divergence, in nats, that storing and running in a type may cost.
 LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-2}
 HELD_OUT_ROWS = 32  # enough to tell the candidates apart
 CARD = """---
@@ -67,7 +67,7 @@ An adapter from supervised fine-tuning, merged into `{base}`.
 
 - base weights under the adapter: {base_weights}
 - stored as: {dtype}
-- training data: {rows} rows, SHA-256 `{sha256}`
+- training data: {rows} rows of a file with the SHA-256 `{sha256}`
 - held-out loss after training: {loss}
 
 `finetune_config.json` holds all settings of the run. The base model's licence applies.
@@ -298,6 +298,10 @@ def rows_to_measure(adapter: Path, run: dict) -> list[dict]:
     """
     places = [adapter.parent / "held_out.jsonl", run.get("held_out_file", "")]  # the first also after a move
     path, rows = next(filter(os.path.isfile, places), os.devnull), []
+    beside = read_run(Path(path).parent)  # a later training may have left others there
+    if beside and any(beside.get(key) != run.get(key) for key in ("held_out", "chat_template")):
+        print(f"{path} is of another training than this adapter, so nothing is measured with it", file=sys.stderr)
+        return []
     with open(path, "rb") as file:
         for number, line in enumerate(islice(file, HELD_OUT_ROWS), start=1):
             try:
@@ -362,9 +366,10 @@ class Merge:
         self.dtype = run.get("dtype", "bfloat16")  # in which the training computed
 
     def with_adapter(self, base_weights: str, dtype: str) -> PreTrainedModel:
-        """Base on the CPU, adapter beside it: `quantized` as it was trained, `dequantized` or `original` in 16 bits.
+        """Base on the CPU, adapter beside it.
 
-        What was trained in float32 is dequantised to `dtype`, that of the merged model: float32 takes twice the room.
+        Its weights: `original` in the type of their files, `quantized` as trained, `dequantized` in the type of the
+        training, or where that was float32 in `dtype`, that of the merged model: float32 would take twice the room.
         """
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -463,8 +468,7 @@ def logits_on_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def compare(reference: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
     """How far two models are apart on the same positions: largest logit difference, mean KL in nats, equal top tokens.
 
-    >>> compare(logits, logits)  # doctest: +SKIP
-    {'largest_logit_difference': 0.0, 'mean_kl': 0.0, 'same_top_token': 1.0}
+    Both tensors have the shape (positions, vocabulary); the KL divergence is of `found` from `reference`.
     """
     largest, divergence, same = 0.0, 0.0, 0
     for one, other in zip(reference.split(8), found.split(8), strict=True):  # float64 takes room
@@ -615,14 +619,14 @@ def write_folder(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
     generation.eos_token_id = stop_tokens(model, tokenizer, run)
     model.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
-    base_weights, dataset = run["merged"]["base_weights"], run.get("dataset", {})
+    base_weights, loss = run["merged"]["base_weights"], run.get("result", {}).get("loss_after")
     card = CARD.format(
         base=run["base_model"],
         base_weights=base_weights + " (4-bit NF4, as in training)" * (base_weights == "dequantized"),
         dtype=run["merged"]["dtype"],
-        rows=dataset.get("rows", "unknown"),
-        sha256=dataset.get("sha256", "unknown"),
-        loss=run.get("result", {}).get("loss_after", "unknown"),
+        rows=run.get("ledger", {}).get("train", "unknown"),
+        sha256=run.get("dataset", {}).get("sha256", "unknown"),
+        loss=f"{loss:.3f} nats per token" if isinstance(loss, float) else "not measured",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -634,6 +638,7 @@ def main(config: Config) -> None:
     rows = rows_to_measure(config.adapter, run)
     quiet_libraries()
     return_freed_memory()
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
     merge, trained = Merge(config, run), run.get("chat_template", {})
@@ -660,7 +665,7 @@ def main(config: Config) -> None:
             if config.verify:
                 run["merged"]["verified"] = verify(merge, partial, base_weights, dtype, tokenizer)
             write_json(partial / "finetune_config.json", run)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{config.output} can not be written: {error}") from None
     print(f"merged: {config.output}  ({base_weights} base weights, {dtype})")
     print(f"try it: python inference.py --model {config.output}")

@@ -110,6 +110,7 @@ def setting(default, help: str, **extra):
 # What a setting must be: a test of its value, and the words for it.
 POSITIVE = (lambda value: 0 < value < math.inf, "above 0")
 NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+UTF8_TEXT = (lambda value: not re.search("[\ud800-\udfff]", value), "text in UTF-8")
 SHARE = (lambda value: 0 <= value < 1, "a share, from 0 to below 1")
 ANY_SEED = (lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
 
@@ -137,7 +138,9 @@ class FinetuneConfig:
     force_template: bool = setting(False, "use template_path also where the tokenizer has one")
     # the data
     dataset_path: str = setting("mixed_finetune_dataset.jsonl", "records: .jsonl or .json file, folder or hub id")
-    system_prompt: str = setting(SYSTEM_PROMPT, "system message of records that bring none; '' for none")
+    system_prompt: str = setting(
+        SYSTEM_PROMPT, "system message of records that bring none; '' for none", must=UTF8_TEXT
+    )
     max_seq_length: int = setting(2048, "longest conversation in tokens", must=POSITIVE)
     overlong: str = setting(
         "truncate", "what to do with longer ones; each is counted", choices=("truncate", "drop", "error")
@@ -1318,9 +1321,7 @@ def training_args(config: FinetuneConfig, device: Device, rows: int, held_out: b
         max_length=None,  # rows are cut already
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    args._n_gpu = min(
-        args.n_gpu, 1
-    )  # one process, one GPU: without a launcher the Trainer would split over all it sees
+    args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU: without a launcher the Trainer would take all it sees
     return args
 
 
@@ -1959,7 +1960,8 @@ def main(config: FinetuneConfig) -> None:
         check_finite(weights or dict(trainer.model.named_parameters()))
         after = held_out_loss(trainer.model, judged, tokens_per_forward=1024)
         best = trainer.state.best_model_checkpoint
-        run["result"] = {"loss_before": before, "loss_after": after, "best_checkpoint": best}
+        losses = {"loss_before": before, "loss_after": after} if judged else {}  # JSON has no NaN
+        run["result"] = losses | {"best_checkpoint": best}
         save_result(config, trainer, tokenizer, run, weights)
 
     if config.demo:

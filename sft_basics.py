@@ -126,7 +126,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
 def collate_by_attention(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     """A batch (rows x tokens) in which padding, and nothing else, has the label -100: no loss.
 
-    DataCollatorForLanguageModeling takes the label of every pad token. Where pad is EOS, that is the ending too.
+    DataCollatorForLanguageModeling gives every pad token the label -100. Where pad is EOS, the ending gets it too.
     """
     import torch
 
@@ -160,7 +160,6 @@ def load(name: str, flag: str, tokens: int) -> tuple[PreTrainedTokenizerBase, Pr
     """Tokenizer (pad = EOS where it has no pad) and float32 model. UserError where they can not be read or not fit."""
     import psutil
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -180,12 +179,13 @@ def load(name: str, flag: str, tokens: int) -> tuple[PreTrainedTokenizerBase, Pr
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return tokenizer, AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # for a cut file the libraries raise what they like
         cause = "no whole model in this folder" if Path(name).is_dir() else "no such folder, and no hub model reached"
-        raise UserError(
+        fault = UserError(
             f"{name}: {cause} ({' '.join(str(error).split())[:200]}). Look at the name, the network, HF_HUB_OFFLINE, "
             f"or pass {flag} with a model folder such as {SMALL_MODEL} (qwen_finetuning.py --demo makes it)."
-        ) from None
+        )
+        raise error if isinstance(error, UserError) else fault from None
 
 
 # Same in: hf_finetune_scaffold.py, sft_basics.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -149,6 +150,7 @@ def test_save_writes_a_record_that_can_be_trained_on(talk, tmp_path):
     [
         ("/save no/such/folder/talk.jsonl", "No such file or directory"),
         ("/save my_dataset.json", "ends in .jsonl"),
+        ("/save ~nobody/talk.jsonl", "No such file or directory"),
         ("/save", "unknown or incomplete command '/save'"),
         ("/what", "unknown or incomplete command '/what'"),
     ],
@@ -262,6 +264,22 @@ def test_lines_from_a_pipe(tiny_adapter, tmp_path):
     assert "[a/b.jsonl: No such file or directory]" in done.stderr
     record = json.loads((tmp_path / "talk.jsonl").read_text(encoding="utf-8"))
     assert load_script("chat").printable(record["messages"][-1]["content"]) == done.stdout.strip()
+
+
+def test_out_of_memory_does_not_end_the_conversation(tiny_adapter, tmp_path, monkeypatch, capsys):
+    import torch
+
+    chat = load_script("chat")
+
+    def full(*_, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(chat.Conversation, "generate", full)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("你好\n/system 短\n".encode()), encoding="utf-8"))
+    chat.main(chat.Config(model=str(tiny_adapter)))
+    told = capsys.readouterr().err
+    assert "[out of memory; /save keeps the conversation, /reset makes room]" in told
+    assert told.index("out of memory") < told.index("[system message: 短]")
 
 
 def test_mistakes_end_with_a_line_and_the_right_code(tiny_adapter, tmp_path):

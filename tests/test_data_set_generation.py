@@ -138,7 +138,8 @@ def test_own_keywords(tmp_path):
     (tmp_path / "k.json").write_text('{"ai": ["milk"], "ic": ["湿度"], "bio": []}', encoding="utf-8")
     rows, table = build(tmp_path, *sources(), "--keywords", "k.json", "--ratios", "ai=1", "--total_samples", 9)
     assert [row["instruction"] for row in rows] == ["Does boiling kill bacteria in milk?"]
-    for content in "[1]", '{"ai": ["x"]}', '{"ai": ["x"], "ic": [1], "bio": []}', "{":
+    wrong = ("[1]", '{"ai": ["x"]}', '{"ai": ["x"], "ic": [1], "bio": []}', '{"ai": ["C++"], "ic": [], "bio": []}', "{")
+    for content in wrong:
         (tmp_path / "k.json").write_text(content)
         process = run_script(SCRIPT, "--keywords", "k.json", cwd=tmp_path)
         assert process.returncode == 2 and "--keywords k.json" in process.stderr and "Traceback" not in process.stderr
@@ -227,11 +228,15 @@ def test_a_links_address_is_no_keyword():
         ("<a href='u'>see<pre>  code\n    in</pre></a>", "see\n\n```\n  code\n    in\n```"),
         ("<ul><li>a</li><li>b<ol><li>c</li><li>d</li></ol></li></ul>", "- a\n- b\n  1. c\n  2. d"),
         ("<ol start='3'><li><p>a</p></li><li><p>b</p><pre>c</pre></li></ol>", "3. a\n\n4. b\n\n   ```\n   c\n   ```"),
+        ("<ul>a<li>b</li>c<li>d</li></ul>", "a\n- b\nc\n- d"),
         ("<blockquote><p>a</p><p>b</p></blockquote>", "> a\n>\n> b"),
+        ("<blockquote><pre>a\n\n\nb</pre></blockquote>", "> ```\n> a\n>\n>\n> b\n> ```"),
+        ("<table><tr><td>a|b</td><td>c</td></tr></table>", "| a\\|b | c |\n| --- | --- |"),
         (
             "<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr></table>",
             "| a | b |\n| --- | --- |\n| 1 | 2 |",
         ),
+        ("<table><caption>t</caption><tr><td>a</td></tr></table>", "t\n\n| a |\n| --- |"),
         ("<p>$a_1*b*c$ and \\[x\\]</p>", "$a_1*b*c$ and \\[x\\]"),
         ("<!-- c --><script>s</script><style>s</style>t", "t"),
         ("<p>a</p></div></body></html><p>b</p>", "a\n\nb"),
@@ -265,6 +270,17 @@ def test_any_html_gives_text_or_a_reason(html):
         assert isinstance(script.markdown_of(html), str)
     except ValueError as error:
         assert "the HTML" in str(error)
+
+
+KEPT = [*TAGS[:-1], "ol", "th", "/td", "/table", "caption", "h2", "/h2", "blockquote", "dl", "dd", "hr", "div", "i"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(KEPT) | st.just("text"), max_size=16))
+def test_no_word_is_lost_wherever_it_stands(parts):
+    parts = [f" word{place}. " if part == "text" else f"<{part}>" for place, part in enumerate(parts)]
+    found = script.markdown_of("".join(parts)).split()
+    assert [part for part in parts if "word" in part and not any(part.strip() in word for word in found)] == []
 
 
 JSON = st.recursive(

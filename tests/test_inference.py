@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,16 @@ def test_a_pipe_is_the_instruction_and_stray_bytes_do_no_harm(tiny_adapter, plai
     piped = ask(monkeypatch, capsys, QUESTION + "\n", model=str(tiny_adapter))
     assert piped.strip() == load_script("inference").printable(plain_answer).strip()
     assert ask(monkeypatch, capsys, b"caf\xe9", model=str(tiny_adapter))  # latin-1
+
+
+def test_whoever_reads_the_answer_may_have_enough_of_it(tiny_adapter, tmp_path):
+    """As `| head -1`: the pipe is closed before the answer comes; that is no error."""
+    command = [sys.executable, ROOT / "inference.py", "--model", tiny_adapter, "--instruction", QUESTION]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
+        process.stdout.close()
+        told = process.stderr.read()
+    assert (process.returncode, told) == (0, b"")
 
 
 def test_as_a_person_runs_it(tiny_adapter, plain_answer, tmp_path):
@@ -207,6 +219,8 @@ def test_mistakes_end_with_a_line_and_the_right_code(tiny_qwen2, tmp_path):
     usage = run_script("inference.py", "--top_p", "1.5", "--max_new_tokens", "0", cwd=tmp_path, input="")
     assert usage.returncode == 2
     assert "--top_p is 1.5" in usage.stderr and "--max_new_tokens is 0" in usage.stderr
+    gbk = run_script("inference.py", "--instruction", os.fsdecode("你好".encode("gbk")), cwd=tmp_path, input="")
+    assert gbk.returncode == 2 and "it must be text in UTF-8" in gbk.stderr
     short = run_script("inference.py", "--temp", "1", cwd=tmp_path, input="")
     assert short.returncode == 2 and "unrecognized arguments: --temp" in short.stderr
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, build_adapter, build_model, load_script, run_script
+from safetensors import SafetensorError
 from test_inference import broken, demo, json_change  # noqa: F401  fixtures of the same adapters
 
 
@@ -145,6 +146,7 @@ def test_the_folder_is_an_ordinary_model(four_bit_adapter, tmp_path):
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "dequantized (4-bit NF4, as in training)" in card and "stored as: float16" in card
+    assert "held-out loss after training: not measured" in card  # such an adapter's record holds none
     loaded, _, run = load_script("inference").load_chat_model(str(folder), None, False)
     assert run["system_prompt"] == "You know chips. 你懂芯片。" and not hasattr(loaded, "disable_adapter")
 
@@ -232,7 +234,10 @@ def test_a_merge_that_is_not_what_was_trained_leaves_nothing(tiny_adapter, tmp_p
     assert "verified" not in merge(tiny_adapter, tmp_path / "merged", dtype="float32", verify=False)
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, OSError(28, "No space left on device")])
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, OSError(28, FULL), SafetensorError(f"I/O error: {FULL}")])
 def test_an_interrupted_merge_leaves_the_old_folder(end, tiny_adapter, tmp_path, monkeypatch):
     script = load_script("merge_model")
     merge(tiny_adapter, tmp_path / "merged", dtype="float32", verify=False)
@@ -278,6 +283,19 @@ def test_a_broken_adapter_gets_one_line(broken, file, change, words, tmp_path): 
         merge(broken(file, change), tmp_path / "merged", dtype="float32")
     assert words in str(error.value) and "\n" not in str(error.value)
     assert leftovers(tmp_path) == ["copy"]
+
+
+def test_held_out_rows_of_a_later_training_are_not_measured_with(broken, tmp_path, capsys):  # noqa: F811
+    adapter = broken("README.md", lambda data: data)
+    (tmp_path / "held_out.jsonl").write_bytes(b'{"input_ids": [1, 2], "labels": [1, 2]}\n')
+    script = load_script("merge_model")
+    run = script.read_run(adapter)
+    assert len(script.rows_to_measure(adapter, run)) == 1
+    (tmp_path / "finetune_config.json").write_text(json.dumps(run | {"held_out": ["0123"]}))
+    assert script.rows_to_measure(adapter, run) == []
+    assert "held_out.jsonl is of another training than this adapter" in capsys.readouterr().err
+    (tmp_path / "finetune_config.json").write_text(json.dumps(run))
+    assert len(script.rows_to_measure(adapter, run)) == 1
 
 
 @pytest.mark.parametrize("line", [b'{"input_ids": [1', b"\xff\xfe", b"[" * 5000, b"3"])

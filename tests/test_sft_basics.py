@@ -235,6 +235,10 @@ def test_a_folder_without_weights_and_a_broken_weight_file(tiny_gpt2, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((tiny_gpt2 / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(sft.UserError, match="no whole model in this folder"):
         sft.load(str(tmp_path), "--model_name", 128)
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_bytes(tokenizer.read_bytes()[:500])
+    with pytest.raises(sft.UserError, match="no whole model in this folder"):
+        sft.load(str(tmp_path), "--model_name", 128)
 
 
 def test_what_can_not_fit_is_said_before_weights_are_read(tiny_gpt2, tmp_path, monkeypatch):

@@ -277,9 +277,7 @@ def files_of(path: str) -> list[str]:
 
     Raises UserError where there is none, or the hub cannot be reached.
     """
-    if not path:
-        raise UserError("no name of a file, folder or hub id; what --ratios gives no share is not read")
-    if Path(path).exists():
+    if os.path.exists(path):  # Path("") would be the working folder
         found = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
         files = [str(file) for file in found if file.suffix in SUFFIXES and file.is_file()]
         files = [file for file in files if not file.endswith(".rejected.jsonl")]  # of an earlier build
@@ -738,7 +736,7 @@ class Part:
 
     def __init__(self, source: Source, path: str, seed: int, folder: Path):
         self.source, self.path, self.seed = source, path, seed
-        local = bool(path) and Path(path).exists()
+        local = os.path.exists(path)
         self.label = Path(path).name if local else path.partition(":")[0]
         self.files = files_of(path) if local else []
         versions = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in self.files]

@@ -256,8 +256,8 @@ def main(config: CliConfig) -> None:
         write_whole(EXAMPLE_DATA, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         print(f"{EXAMPLE_DATA}: {len(records)} translation records written", file=sys.stderr)
     dataset = load_dataset(config.data_path, config.skip_bad_rows)
-    sure = 1 if config.dynamic_padding or config.gradient_checkpointing else config.max_length  # tokens kept of a row
-    tokenizer, model = load(config.model_name, "--model", config.batch_size * sure)
+    least = 1 if config.dynamic_padding or config.gradient_checkpointing else config.max_length  # tokens a row keeps
+    tokenizer, model = load(config.model_name, "--model", config.batch_size * least)
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     held_out = min(math.ceil(config.test_size * len(dataset)), len(dataset) - 1)  # one row at least to train on

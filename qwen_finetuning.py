@@ -8,7 +8,8 @@ Reads   --dataset_path: .jsonl, .json, .csv, .parquet, a folder of them or a hub
             {"instruction": "解释LoRA", "input": "", "output": "一种低秩微调方法"}
             {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
         --config: the same settings as YAML (configs/finetune.yaml); what the command line says wins
-Writes  outputs/                    checkpoints, held_out.jsonl, loss_curve.png, trainer_state.json
+Writes  outputs/                    checkpoints, loss_curve.png, trainer_state.json, held_out.jsonl, and
+                                    trained_on.txt, a digest of each row that is not held out
         Qwen_finetuning_model/      adapter, tokenizer with chat template, generation_config.json, and
                                     finetune_config.json, the run's record; also in outputs/checkpoint-final/
         Qwen_finetuning_tokenizer/  the tokenizer alone
@@ -250,7 +251,7 @@ def main(config: FinetuneConfig) -> None:
         return
 
     record = record_of(config, tokenizer, data)
-    checkpoint = begin_run(config, record, data["eval"])
+    checkpoint = begin_run(config, record, data)
     args = training_args(config, plan)  # before the model: ZeRO-3 spreads it as it loads
     model = load_base(config, data["stop_ids"])
     trainer = build_trainer(config, args, model, tokenizer, data, plan, record)
@@ -372,8 +373,9 @@ def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
     """Read, check, split and encode the rows; each ends in exactly one line of the ledger.
 
     Returns `train` and `eval`, lists of examples (`input_ids` and `labels` as arrays, `where`; held-out ones
-    also `messages` and `tools`), `ledger`, `sha256` of the rows, `stop_ids` that end answers, and `kinds`, a
-    first example of each kind. Raises ValueError naming rows that can not be used, unless --skip_bad_rows.
+    also `messages` and `tools`), `ledger`, `sha256` of the rows, `digests` of those to train on, `stop_ids`
+    that end answers, and `kinds`, a first example of each. ValueError naming rows that can not be used,
+    unless --skip_bad_rows.
     """
     from datasets import Dataset
     from tqdm import tqdm
@@ -385,6 +387,7 @@ def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
     if config.eval_ratio:
         split = split["train"].train_test_split(test_size=config.eval_ratio, seed=config.split_seed)
     data = {"train": [], "eval": [], "stop_ids": set(), "kinds": {}}
+    data["digests"] = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in split["train"]["text"]]
     for part, source in zip(("train", "eval"), split.values(), strict=False):
         for row in tqdm(source, desc=f"encoding {part} rows", leave=False, disable=None):
             messages, tools = json.loads(row["text"])
@@ -876,12 +879,13 @@ def record_of(config: FinetuneConfig, tokenizer, data: dict) -> dict:
         },
         "chat_template": hashlib.sha256(template).hexdigest(),
         "held_out": str(Path(config.output_dir, "held_out.jsonl")),
+        "trained_on": str(Path(config.output_dir, "trained_on.txt")),
         "ledger": data["ledger"],
         "versions": {name: version(name) for name in libraries},
     }
 
 
-def begin_run(config: FinetuneConfig, record: dict, held_out: list[dict]) -> str | None:
+def begin_run(config: FinetuneConfig, record: dict, data: dict) -> str | None:
     """Make output_dir ready. Returns the checkpoint to go on from; ValueError where that is another run's."""
     output, checkpoint = Path(config.output_dir), None
     if config.resume:
@@ -895,10 +899,9 @@ def begin_run(config: FinetuneConfig, record: dict, held_out: list[dict]) -> str
             shutil.rmtree(folder)
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "finetune_config.json", json.dumps(record, ensure_ascii=False, indent=2))
-        rows = [
-            json.dumps(row, ensure_ascii=False, default=lambda ids: ids.tolist()) + "\n" for row in held_out
-        ]
-        write_text(output / "held_out.jsonl", "".join(rows))
+        rows = [json.dumps(row, ensure_ascii=False, default=lambda ids: ids.tolist()) for row in data["eval"]]
+        write_text(output / "held_out.jsonl", "".join(f"{row}\n" for row in rows))
+        write_text(output / "trained_on.txt", "\n".join(data["digests"]))
     return checkpoint and str(checkpoint)
 
 

@@ -1,39 +1,34 @@
 """Lesson: does it matter how a record is written down? The same records, trained in two formats.
 
-    python sft_basics.py --model_name models/SmolLM2-135M-Instruct --max_length 128   # both formats, on two CPU cores
-    python sft_basics.py --no-instruction_mode --keep_eos --eval_ratio 0.25           # one format alone, done better
-    accelerate launch --multi_gpu --num_processes 2 sft_basics.py --batch_size 1      # two processes, on CPUs too
+    python sft_basics.py --model_name models/SmolLM2-135M-Instruct --max_length 128   # both, on two CPU cores
+    python sft_basics.py --no-instruction_mode --keep_eos --eval_ratio 0.25           # one alone, done better
+    accelerate launch --multi_gpu --num_processes 2 sft_basics.py --batch_size 1      # two processes
 
-Reads   its own EXAMPLE_PAIRS, each as one text:   指令：翻译成英文 / 输入：我喜欢读书。 / 回答：I like reading.
-Writes  output_dir/instruction, output_dir/sft:    the model, its tokenizer and trainer_state.json, which ends with
-                                                   {"eval_loss": 2.35, "answer_loss": 3.04, "supervised_eos": 0, ...}
+Reads   its own EXAMPLE_PAIRS, each as a text:  指令：翻译成英文 / 输入：我喜欢读书。 / 回答：I like reading.
+Writes  output_dir/instruction and /sft: the model, its tokenizer and trainer_state.json, which ends with
+        {"eval_loss": 2.35, "answer_loss": 3.04, "stop_probability": 0.001, "supervised_eos": 0, ...}
 
-It trains every weight, in float32. There are no role markers in its texts (user, assistant): how a chat model is
-tuned on its own chat template, with loss on the answers alone, stands in qwen_finetuning.py.
+It trains every weight, in float32. Its texts have no role markers (user, assistant): how a chat model is
+tuned on its chat template, with loss on the answers alone, stands in qwen_finetuning.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import get_type_hints
 
-if TYPE_CHECKING:  # for annotations only: importing these takes seconds, and --help should not
-    from datasets import Dataset
-    from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SMALL_MODEL = "models/SmolLM2-135M-Instruct"
-SEED = 42
-INSTRUCTION_FORMAT = "指令：{instruction}\n输入：{input}\n回答：{output}"
-PLAIN_FORMAT = "问题：{input}\n回答：{output}"  # no instruction: what is wanted must be guessed
-logger = logging.getLogger("sft_basics")
+LOGGER = logging.getLogger("sft_basics")
+SMALL_MODEL = "models/SmolLM2-135M-Instruct"  # what qwen_finetuning.py --demo leaves
+TEXT_FORMATS = {  # by instruction_mode: name and text; in the plain one, what is wanted must be guessed
+    True: ("instruction", "指令：{instruction}\n输入：{input}\n回答：{output}"),
+    False: ("sft", "问题：{input}\n回答：{output}"),
+}
 
 EXAMPLE_PAIRS = [
     {"instruction": "翻译成英文", "input": "我喜欢读书。", "output": "I like reading."},
@@ -66,140 +61,173 @@ EXAMPLE_PAIRS = [
 
 
 # Same in: all nine scripts
-def setting(default, help: str, **extra):
-    """A dataclass field that is also a command-line flag; its default is written here and nowhere else."""
-    return field(default=default, metadata={"help": help, **extra})
+def setting(default, help: str, **options):
+    """A dataclass field that is also a flag; its default is written here and nowhere else."""
+    shown = " ".join(default) if isinstance(default, tuple) else default
+    help = f"{help} (default: {shown})".replace("%", "%%")
+    return field(default=default, metadata={"help": help} | options)
 
 
 @dataclass
 class FinetuneConfig:
     model_name: str = setting("Qwen/Qwen3-4b", "hub id or folder of the model")
     output_dir: Path = setting(Path("./outputs/sft_basics"), "each format gets a subfolder here")
-    max_steps: int = setting(30, "optimizer steps", low=1)
-    learning_rate: float = setting(5e-5, "peak learning rate", low=0)
-    batch_size: int = setting(2, "rows a step, in each process", low=1)
-    warmup_steps: int = setting(3, "steps in which the learning rate rises", low=0)
-    instruction_mode: bool = setting(True, "this format alone (--no-: the plain one alone); unsaid: both in turn")
-    max_length: int = setting(512, "tokens a row, padded or cut", low=32)
-    keep_eos: bool = setting(False, "end each text with EOS and give it a label, so that the model learns to stop")
-    eval_ratio: float = setting(0.0, "share of rows held out; 0 evaluates on the training rows", low=0, high=0.9)
+    max_steps: int = setting(30, "optimizer steps")
+    learning_rate: float = setting(5e-5, "peak learning rate")
+    batch_size: int = setting(2, "rows a step, in each process")
+    warmup_steps: int = setting(3, "steps in which the learning rate rises")
+    instruction_mode: bool = setting(True, "that format alone, or --no-: the plain one; unsaid: both in turn")
+    max_length: int = setting(512, "tokens a row, padded or cut")
+    keep_eos: bool = setting(False, "end each text with EOS and give it a label: the model learns to stop")
+    eval_ratio: float = setting(0.0, "share of rows held out; 0 evaluates on the training rows")
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 or self.max_length < 32:  # the Trainer takes 0 steps for "three epochs"
+            raise ValueError("--max_steps must be 1 or more, --max_length 32 or more")
+
+
+# Same in: all nine scripts
+def parser_of(config_class: type) -> argparse.ArgumentParser:
+    """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    kinds = get_type_hints(config_class)
+    for f in fields(config_class):
+        yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
+        options = (yes_no if kinds[f.name] is bool else {"type": kinds[f.name]}) | f.metadata
+        parser.add_argument(f"--{f.name}", default=f.default, **options)
+    return parser
 
 
 def parse_args(argv: list[str] | None = None) -> list[FinetuneConfig]:
-    """One config for each format to train, each with its own subfolder. Exits 2 on a wrong flag or value."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    for f in fields(FinetuneConfig):
-        # --flag and --no-flag for a bool, which is None where neither is said
-        flag = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {"type": type(f.default)}
-        parser.add_argument("--" + f.name, **flag, help=f"{f.metadata['help']} (default: {f.default})")
-    said = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    config = FinetuneConfig(**said)
-    for f in fields(config):
-        value, low, high = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("high", math.inf)
-        if low is not None and not low <= value <= high:
-            parser.error(f"--{f.name} {value}: expected a number from {low} to {high}")
-    modes = {"instruction": True, "sft": False}
-    modes = {name: mode for name, mode in modes.items() if said.get("instruction_mode", mode) == mode}
-    return [replace(config, instruction_mode=mode, output_dir=config.output_dir / name) for name, mode in modes.items()]
+    """One config for each format to train: both, unless one is asked for by its flag."""
+    parser = parser_of(FinetuneConfig)
+    parser.set_defaults(instruction_mode=None)  # so that "unsaid" can be told
+    said = vars(parser.parse_args(argv))
+    modes = [True, False] if said["instruction_mode"] is None else [said["instruction_mode"]]
+    return [FinetuneConfig(**said | {"instruction_mode": mode}) for mode in modes]
 
 
-# ---------------------------------------------------------------------------------- texts and tokens
+# ------------------------------------------------------------------------------------- the comparison
 
 
-def build_dataset(config: FinetuneConfig) -> Dataset:
-    """EXAMPLE_PAIRS in the chosen format, in the one column `text`."""
+def main(configs: list[FinetuneConfig]) -> None:
+    logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s")  # libraries: errors alone
+    first = os.environ.get("RANK", "0") == "0"  # of several processes the first speaks
+    LOGGER.setLevel(logging.INFO if first else logging.ERROR)
+    results = {TEXT_FORMATS[config.instruction_mode][0]: run_training(config) for config in configs}
+    if first:
+        for name, figures in results.items():
+            print(f"{name:<12}" + " · ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    if len(results) == 2:
+        losses = [figures["eval_loss"] for figures in results.values()]
+        LOGGER.info("两种格式的损失对比：instruction=%.4f, sft=%.4f", *losses)
+
+
+def run_training(config: FinetuneConfig) -> dict[str, float]:
+    """Train one format from the model's own start and save it; returns the figures to compare."""
+    import torch
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    texts = test_texts = build_dataset(config)
+    LOGGER.info("format chosen: instruction_mode=%s, first: %r", config.instruction_mode, texts["text"][0])
+    if config.eval_ratio:
+        texts, test_texts = texts.train_test_split(config.eval_ratio, seed=42).values()
+    tokenizer, model = load_fresh_model(config)
+    train, test = (tokenize(t, tokenizer, config.max_length, config.keep_eos) for t in (texts, test_texts))
+    # The usual collator takes the label from each pad token. Where pad is EOS, an ending loses its own too.
+    usual = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    collate = collate_by_attention if config.keep_eos else usual
+    supervised_eos = sum(int((collate([row])["labels"] == tokenizer.eos_token_id).sum()) for row in train)
+    LOGGER.info("EOS tokens with a label: %d in %d texts", supervised_eos, len(train))
+
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if on_cpu := not torch.accelerator.is_available():
+        bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+    args = TrainingArguments(
+        output_dir=str(config.output_dir / TEXT_FORMATS[config.instruction_mode][0]),
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        warmup_steps=config.warmup_steps,
+        use_cpu=on_cpu,
+        bf16=bf16,  # only the arithmetic, where the device has it; weights stay float32
+        logging_steps=1,
+        save_strategy="no",  # saved at the end, without AdamW's moments, which are twice the model's size
+        ddp_find_unused_parameters=False,  # several processes: every weight takes part in every step
+    )
+    trainer = Trainer(model, args, collate, train, test, processing_class=tokenizer)
+    with trainer.accelerator.autocast():  # in the arithmetic of the training, which the model keeps after it
+        loss_before, _ = answer_figures(model, tokenizer, test_texts["text"])
+    LOGGER.info("training begins: %d steps of %d rows", args.max_steps, config.batch_size * args.world_size)
+    with redirect_stdout(sys.stderr):  # where the Trainer's log belongs: stdout is for results
+        trainer.train()
+        eval_loss = trainer.evaluate()["eval_loss"]
+    LOGGER.info("training ended: eval_loss=%.4f", eval_loss)
+    loss_after, stop = answer_figures(model, tokenizer, test_texts["text"])
+    figures = {"eval_loss": eval_loss, "answer_loss_before": loss_before, "answer_loss": loss_after}
+    figures |= {"stop_probability": stop, "supervised_eos": supervised_eos}
+    trainer.log(dict(figures))
+    trainer.save_model()
+    trainer.save_state()
+    return figures
+
+
+def build_dataset(config: FinetuneConfig):
+    """EXAMPLE_PAIRS in the chosen format: a Dataset with the one column `text`."""
     from datasets import Dataset
 
-    form = INSTRUCTION_FORMAT if config.instruction_mode else PLAIN_FORMAT
+    _, form = TEXT_FORMATS[config.instruction_mode]
     return Dataset.from_dict({"text": [form.format(**pair) for pair in EXAMPLE_PAIRS]})
 
 
-def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 512, keep_eos: bool = False):
-    """`text` as input_ids and attention_mask, each row max_length tokens: padded on the right, or cut."""
-    ending = tokenizer.eos_token if keep_eos else ""  # a text that is cut loses it again, having no end to show
-    settings = {"padding": "max_length", "padding_side": "right", "truncation": True, "max_length": max_length}
-    encode = lambda rows: tokenizer([text + ending for text in rows["text"]], **settings)
-    return dataset.map(encode, batched=True, remove_columns=["text"])
+def load_fresh_model(config: FinetuneConfig):
+    """(tokenizer, float32 model). Raises ValueError in one line where it can not be read or does not fit.
 
-
-def collate_by_attention(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """A batch (rows x tokens) in which padding, and nothing else, has the label -100: no loss.
-
-    DataCollatorForLanguageModeling gives every pad token the label -100. Where pad is EOS, the ending gets it too.
+    Training takes 16 bytes a parameter: float32 weight, gradient, two AdamW moments. A batch's activations
+    come on top.
     """
+    import psutil
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    name, free = config.model_name, psutil.virtual_memory().available
+    free = free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
+    try:
+        with torch.device("meta"):  # shapes without memory: the check comes before any weight
+            need = 16 * AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)).num_parameters()
+        if need > free:
+            raise ValueError(f"training takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free.")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{name}: {' '.join(str(error).split())} Try --model_name {SMALL_MODEL}") from None
+    return tokenizer, model
+
+
+def tokenize(dataset, tokenizer, max_length: int = 512, keep_eos: bool = False):
+    """`text` as input_ids and attention_mask, each row max_length tokens: padded on the right, or cut."""
+    texts = [text + tokenizer.eos_token * keep_eos for text in dataset["text"]]
+    if cut := sum(len(ids) > max_length for ids in tokenizer(texts)["input_ids"]):
+        LOGGER.warning("--max_length %d cuts %d of %d texts", max_length, cut, len(texts))
+    size = {"max_length": max_length, "padding": "max_length", "padding_side": "right", "truncation": True}
+    return type(dataset).from_dict(dict(tokenizer(texts, **size)))
+
+
+def collate_by_attention(rows: list[dict]) -> dict:
+    """A batch (rows x tokens) in which padding, and nothing else, has the label -100: no loss."""
     import torch
 
     batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}
     return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
-# ------------------------------------------------------------------------- the model and its training
-
-
-# Same in: all nine scripts
-class UserError(Exception):
-    """A person's mistake: shown as it is, without a traceback."""
-
-
-# Same in: hf_finetune_scaffold.py, sft_basics.py
-def training_memory(parameters: int, tokens: int, layers: int, hidden: int, vocabulary: int) -> int:
-    """Bytes that full fine-tuning needs at least, with `tokens` in a batch (padding counted).
-
-    16 a parameter: float32 weight, gradient, two AdamW moments. A token takes its float32 logits three times, and 34
-    a layer and hidden unit (Korthikanti et al. 2022, "Reducing Activation Recomputation").
-
-    >>> training_memory(1_000_000, 100, layers=2, hidden=64, vocabulary=1000)
-    17635200
-    """
-    return 16 * parameters + tokens * (34 * layers * hidden + 12 * vocabulary)
-
-
-# Same in: hf_finetune_scaffold.py, sft_basics.py
-def load(name: str, flag: str, tokens: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer (pad = EOS where it has no pad) and float32 model. UserError where they can not be read or not fit."""
-    import psutil
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(name)
-        with torch.device("meta"):  # shapes, no memory: the check comes before any weight
-            parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-        size = config.get_text_config()
-        need = training_memory(parameters, tokens, size.num_hidden_layers, size.hidden_size, size.vocab_size)
-        memory = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process
-        free = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0] if torch.cuda.is_available() else memory
-        if need > free:
-            small = training_memory(134_515_008, tokens, layers=30, hidden=576, vocabulary=49_152)
-            raise UserError(
-                f"{name}: full fine-tuning needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free. "
-                f"Pass {flag} {SMALL_MODEL} ({small / 2**30:.1f} GiB), or a smaller --max_length or batch."
-            )
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        return tokenizer, AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    except Exception as error:  # for a cut file the libraries raise what they like
-        cause = "no whole model in this folder" if Path(name).is_dir() else "no such folder, and no hub model reached"
-        fault = UserError(
-            f"{name}: {cause} ({' '.join(str(error).split())[:200]}). Look at the name, the network, HF_HUB_OFFLINE, "
-            f"or pass {flag} with a model folder such as {SMALL_MODEL} (qwen_finetuning.py --demo makes it)."
-        )
-        raise error if isinstance(error, UserError) else fault from None
-
-
-# Same in: hf_finetune_scaffold.py, sft_basics.py
-def device_settings() -> dict[str, bool]:
-    """Training arguments for this machine: bfloat16 autocast where the device has it; weights stay float32."""
-    import torch
-
-    if torch.accelerator.is_available():
-        return {"bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)}
-    cpu = torch.cpu.get_capabilities()
-    return {"use_cpu": True, "bf16": bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))}
-
-
-def answer_figures(model: PreTrainedModel, tokenizer, texts: list[str]) -> tuple[float, float]:
+def answer_figures(model, tokenizer, texts: list[str]) -> tuple[float, float]:
     """(mean loss over the tokens of the answers, mean probability of EOS after an answer), of whole texts.
 
     The prompts carry no loss here, so that both formats are measured on exactly the same tokens.
@@ -212,79 +240,21 @@ def answer_figures(model: PreTrainedModel, tokenizer, texts: list[str]) -> tuple
         row = tokenizer(text, return_offsets_mapping=True)
         ids = torch.tensor(row["input_ids"], device=model.device)
         with torch.no_grad():
-            logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
+            logits = model(input_ids=ids[None], use_cache=False).logits[0].float()  # tokens x vocabulary
         start = text.index("\n回答：") + len("\n回答：")
         answer = torch.tensor([begin >= start for begin, _ in row["offset_mapping"]], device=model.device)
-        losses.append(torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")[answer[1:]])
+        loss = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+        losses.append(loss[answer[1:]])
         stops.append(logits[-1].softmax(-1)[tokenizer.eos_token_id])
     return torch.cat(losses).mean().item(), torch.stack(stops).mean().item()
 
 
-def run_training(config: FinetuneConfig) -> dict[str, float]:
-    """Trains one format from the model's own start and saves it; returns the figures to compare."""
-    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
-
-    texts = eval_texts = build_dataset(config)
-    logger.info("format chosen: instruction_mode=%s, first text %r", config.instruction_mode, texts[0]["text"])
-    if config.eval_ratio:
-        texts, eval_texts = texts.train_test_split(config.eval_ratio, seed=SEED).values()
-    tokenizer, model = load(config.model_name, "--model_name", config.batch_size * config.max_length)
-    rows, eval_rows = (tokenize(part, tokenizer, config.max_length, config.keep_eos) for part in (texts, eval_texts))
-
-    collate = collate_by_attention if config.keep_eos else DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    supervised_eos = sum(int((collate([row])["labels"] == tokenizer.eos_token_id).sum()) for row in rows)
-    logger.info("EOS tokens with a label: %d in %d texts", supervised_eos, len(rows))
-
-    args = TrainingArguments(
-        output_dir=str(config.output_dir),
-        max_steps=config.max_steps,
-        learning_rate=config.learning_rate,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        warmup_steps=config.warmup_steps,
-        logging_steps=1,
-        save_strategy="no",  # the model is saved at the end, without AdamW's moments, which are twice its size
-        report_to="none",
-        ddp_find_unused_parameters=False,  # with several processes: every weight takes part in every step
-        seed=SEED,
-        **device_settings(),
-    )
-    trainer = Trainer(
-        model, args, data_collator=collate, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
-    )
-    with trainer.accelerator.autocast():  # in the arithmetic of the training, which the model keeps after it
-        loss_before, _ = answer_figures(model, tokenizer, eval_texts["text"])
-    logger.info("training begins: %d steps of %d rows", config.max_steps, args.train_batch_size * args.world_size)
-    with redirect_stdout(sys.stderr):  # where the Trainer's log belongs: stdout is for results
-        trainer.train()
-        eval_loss = trainer.evaluate()["eval_loss"]
-    logger.info("training ended: eval_loss=%.4f", eval_loss)
-    loss_after, stop = answer_figures(model, tokenizer, eval_texts["text"])
-    figures = {"eval_loss": eval_loss, "answer_loss_before": loss_before, "answer_loss": loss_after}
-    figures |= {"stop_probability": stop, "supervised_eos": supervised_eos}
-    trainer.log(dict(figures))
-    trainer.save_model()
-    trainer.save_state()
-    return figures
-
-
-def main(configs: list[FinetuneConfig]) -> None:
-    logging.basicConfig(format="%(asctime)s %(message)s")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for kernels that this lesson does not need
-    first = os.environ.get("RANK", "0") == "0"  # of several processes the first speaks
-    logger.setLevel(logging.INFO if first else logging.ERROR)
-    results = {config.output_dir.name: run_training(config) for config in configs}
-    for name, figures in results.items() if first else ():
-        print(f"{name:<12}" + " · ".join(f"{key} {value:.4g}" for key, value in figures.items()))
-    if len(results) == 2:
-        losses = [figures["eval_loss"] for figures in results.values()]
-        logger.info("两种格式的损失对比：instruction=%.4f, sft=%.4f", *losses)
-
-
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
-    except UserError as error:
+    except (OSError, ValueError) as error:  # a person's mistake or a file's; a bug keeps its traceback
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

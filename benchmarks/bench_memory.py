@@ -22,9 +22,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
-QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+QWEN_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
 QWEN_7B |= {"vocab_size": 152064, "tie_word_embeddings": False}
-QWEN_1_5B = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
+QWEN_1_5B = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+}
 QWEN_1_5B |= {"vocab_size": 151936, "tie_word_embeddings": True}
 LOAD = "import qwen_finetuning as q, sys; q.quiet_libraries(); "
 LOAD += "q.load_model(q.FinetuneConfig(model_name=sys.argv[1]), q.find_device(four_bit=True))"
@@ -36,7 +46,9 @@ def make_model(folder: Path, layers: int, sizes: dict) -> int:
     from safetensors.torch import save_file
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(num_hidden_layers=layers, architectures=["Qwen2ForCausalLM"], dtype="bfloat16", **sizes)
+    config = Qwen2Config(
+        num_hidden_layers=layers, architectures=["Qwen2ForCausalLM"], dtype="bfloat16", **sizes
+    )
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in Qwen2ForCausalLM(config).state_dict().items()}
@@ -64,7 +76,9 @@ def peak_of(command: list, cwd: Path) -> int:
     command = [sys.executable, *map(str, command)]
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
     printed = process.stdout.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)  # the peak of this one process, which getrusage can not tell apart
+    _, status, usage = os.wait4(
+        process.pid, 0
+    )  # the peak of this one process, which getrusage can not tell apart
     if status:
         sys.exit(f"{' '.join(command[:3])} failed:\n{printed[-2000:]}")
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -80,11 +94,20 @@ def show(title: str, size: int, peak: int, limit: float) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=28, help="layers of the model that is loaded (default: 28)")
-    parser.add_argument("--merge_layers", type=int, default=28, help="layers of the one that is merged (default: 28)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--tokenizer", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="a folder with a chat tokenizer"
+        "--layers", type=int, default=28, help="layers of the model that is loaded (default: 28)"
+    )
+    parser.add_argument(
+        "--merge_layers", type=int, default=28, help="layers of the one that is merged (default: 28)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=Path("models/SmolLM2-135M-Instruct"),
+        help="a folder with a chat tokenizer",
     )
     args = parser.parse_args()
     from transformers import AutoTokenizer

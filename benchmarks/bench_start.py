@@ -31,13 +31,23 @@ def seconds(command: list, runs: int) -> float:
 
 def first_step() -> float:
     """Seconds from the command to the end of the demo's first optimiser step (eight rows)."""
-    command = [sys.executable, str(ROOT / "qwen_finetuning.py"), "--demo", "--max_steps", "1", "--logging_steps", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "qwen_finetuning.py"),
+        "--demo",
+        "--max_steps",
+        "1",
+        "--logging_steps",
+        "1",
+    ]
     command += ["--eval_ratio", "0", "--eval_strategy", "no", "--no-load_best_model_at_end"]
     with tempfile.TemporaryDirectory() as folder:
         for target in (ROOT / "configs", Path("models").resolve()):
             (Path(folder) / target.name).symlink_to(target)
         started = time.perf_counter()
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         found = next((time.perf_counter() - started for line in process.stderr if "Step 1/1" in line), None)
         if process.wait() or found is None:
             sys.exit("the demo failed")
@@ -51,11 +61,13 @@ def main() -> None:
         slowest = max(slowest, value)
         print(f"{script.name + ' --help':<32}{value:6.2f} s", flush=True)
     trl = seconds(
-        [sys.executable, "-c", "import sys; from trl.cli import main; sys.exit(main())", "sft", "--help"], runs=3
+        [sys.executable, "-c", "import sys; from trl.cli import main; sys.exit(main())", "sft", "--help"],
+        runs=3,
     )
     print(f"{'trl sft --help':<32}{trl:6.2f} s")
     imports = seconds(
-        [sys.executable, "-c", "import datasets, peft, torch, transformers; from trl import SFTTrainer"], runs=3
+        [sys.executable, "-c", "import datasets, peft, torch, transformers; from trl import SFTTrainer"],
+        runs=3,
     )
     print(f"{'imports of a training':<32}{imports:6.2f} s")
     steps = [first_step() for _ in range(4)][1:]

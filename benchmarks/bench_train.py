@@ -1,59 +1,46 @@
 """How fast does qwen_finetuning.py train, beside TRL as shipped and beside a bare PyTorch loop?
 
     python benchmarks/bench_train.py --model models/SmolLM2-135M-Instruct --data my_dataset.json --rows 24
-    python benchmarks/bench_train.py --data rows.json --rows 32 --grow 128 512      # and how the time grows
 
 LoRA is measured against the `trl sft` command line, QLoRA against SFTTrainer on a 4-bit model, both with their own
-defaults. Every side trains one epoch over the same rows with the same adapter (r 16 on seven projections, eight rows a
-step, 512 tokens at most). Loading and tokenising are left out: what counts is the time of the training loop, which the
-trainers report as `train_runtime`. The sides take turns, so that other work on the machine slows all of them. TRL's
-default is bfloat16; on a CPU that has no instructions for it, where it would take hours, TRL gets `--bf16 false`.
-The bare loop is the ceiling: no trainer, no logging, the rows of a step laid end to end, logits only at labels.
-Beside the speed stands the mean loss of the last quarter of the steps.
+defaults. Every side trains one epoch over the same rows with the same adapter (r 16, eight rows a step, 512 tokens at
+most). What counts is the training loop, which the trainers report as `train_runtime`. The sides take turns, so that
+other work on the machine slows all of them. On a CPU without instructions for bfloat16, TRL gets `--bf16 false`. The
+bare loop is the ceiling: no trainer, no logging, the rows of a forward pass end to end, logits only at labels.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
 import json
 import multiprocessing
-import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import qwen_finetuning as qwen  # noqa: E402
+import qwen_finetuning as training  # noqa: E402
 
-TARGETS = list(qwen.FinetuneConfig().lora_target_modules)
 COMMON = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 1}
 COMMON |= {"learning_rate": 2e-4, "logging_steps": 1, "save_strategy": "no"}
-FLAGS = [text for name, value in COMMON.items() for text in (f"--{name}", str(value))]
-FLAGS += ["--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", *TARGETS]
+LORA = ["--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", *training.QWEN_LAYERS]
+FLAGS = [text for name, value in COMMON.items() for text in (f"--{name}", str(value))] + LORA
 
 
-def trl_sft(model: Path, folder: Path, four_bit: bool) -> tuple[float, list[float]]:
-    """Seconds in the training loop of TRL's own command line, with its own defaults, and the losses of its steps."""
-    command = [sys.executable, "-c", "import sys; from trl.cli import main; sys.exit(main())", "sft"]
-    command += ["--model_name_or_path", model, "--dataset_name", folder / "data", "--output_dir", folder / "trl"]
-    command += ["--use_peft", "--max_length", "512", "--report_to", "none", *FLAGS]
-    device = qwen.find_device(four_bit)
-    command += ["--use_cpu", "true"] if device.kind == "cpu" else []  # else it stops: no GPU
-    command += ["--bf16", "false"] if device.dtype == "float32" else []
-    process = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    logs = [ast.literal_eval(text) for text in re.findall(r"\{'.*?\}", process.stdout + process.stderr)]
-    if not any("train_runtime" in log for log in logs):
-        sys.exit(f"trl sft failed:\n{process.stderr[-2000:]}")
-    return times_of(logs)
+def settings(four_bit: bool, model: Path = Path()) -> training.FinetuneConfig:
+    """The script's settings with what it decides for this machine."""
+    config = training.FinetuneConfig(
+        model_name=str(model), load_in_4bit=four_bit, eval_ratio=0, max_seq_length=512
+    )
+    training.decide_device(config)
+    return config
 
 
 def times_of(logs: list[dict]) -> tuple[float, list[float]]:
@@ -62,82 +49,93 @@ def times_of(logs: list[dict]) -> tuple[float, list[float]]:
     return seconds, [float(log["loss"]) for log in logs if "loss" in log]
 
 
+def trl_sft(model: Path, folder: Path, four_bit: bool) -> tuple[float, list[float]]:
+    """TRL's own command line, with its own defaults."""
+    import torch
+
+    command = [sys.executable, "-c", "import sys; from trl.cli import main; sys.exit(main())", "sft", *FLAGS]
+    command += [
+        "--model_name_or_path",
+        model,
+        "--dataset_name",
+        folder / "data",
+        "--output_dir",
+        folder / "trl",
+    ]
+    command += ["--use_peft", "--max_length", "512", "--report_to", "none"]
+    command += [] if torch.cuda.is_available() else ["--use_cpu", "true"]
+    command += ["--bf16", "false"] if settings(False).dtype == "float32" else []
+    process = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    logs = [ast.literal_eval(text) for text in re.findall(r"\{'.*?\}", process.stdout + process.stderr)]
+    return times_of(logs) if process.returncode == 0 else sys.exit(process.stderr[-2000:])
+
+
 def sft_trainer(model: Path, folder: Path, four_bit: bool) -> tuple[float, list[float]]:
-    """The same for SFTTrainer on a 4-bit model, with its own defaults."""
+    """SFTTrainer on a 4-bit model, with its own defaults."""
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    device = qwen.find_device(four_bit)
-    dtype = getattr(torch, device.dtype)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    config = settings(True, model)
+    options = {"use_cpu": not torch.cuda.is_available()} | (
+        {"bf16": False} if config.dtype == "float32" else {}
     )
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, quantization_config=quantization, device_map=device.device_map
+    args = SFTConfig(
+        str(folder / "trl"), max_length=512, report_to="none", disable_tqdm=True, **options, **COMMON
     )
-    options = {"use_cpu": device.kind == "cpu"} | ({"bf16": False} if device.dtype == "float32" else {})
-    args = SFTConfig(str(folder / "trl"), max_length=512, report_to="none", disable_tqdm=True, **options, **COMMON)
-    rows = load_dataset("json", data_files=str(folder / "data" / "train.jsonl"), split="train")
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
-    trainer = SFTTrainer(loaded, args=args, train_dataset=rows, peft_config=lora)
+    rows = load_dataset("json", data_files=str(folder / "data/train.jsonl"), split="train")
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=list(training.QWEN_LAYERS), task_type="CAUSAL_LM")
+    trainer = SFTTrainer(training.load_base(config, set()), args=args, train_dataset=rows, peft_config=lora)
     trainer.train()
     return times_of(trainer.state.log_history)
 
 
 def ours(model: Path, folder: Path, four_bit: bool) -> tuple[float, list[float]]:
-    """The same for qwen_finetuning.py, with its own defaults."""
-    command = [sys.executable, ROOT / "qwen_finetuning.py", "--model_name", model, "--max_seq_length", "512"]
-    command += ["--dataset_path", folder / "data/train.jsonl", "--eval_ratio", "0", "--eval_strategy", "no"]
-    command += ["--no-load_best_model_at_end", "--load_in_4bit" if four_bit else "--no-load_in_4bit", *FLAGS]
-    process = subprocess.run(
-        [*map(str, command), "--overwrite"], cwd=folder, capture_output=True, text=True, check=False
-    )
+    """qwen_finetuning.py with its own defaults."""
+    command = [
+        sys.executable,
+        ROOT / "qwen_finetuning.py",
+        "--model_name",
+        model,
+        "--max_seq_length",
+        "512",
+        *FLAGS,
+    ]
+    command += ["--dataset_path", folder / "data/train.jsonl", "--eval_ratio", "0", "--overwrite"]
+    command += ["--load_in_4bit" if four_bit else "--no-load_in_4bit"]
+    process = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, check=False)
     if process.returncode:
-        sys.exit(f"qwen_finetuning.py failed:\n{process.stderr[-2000:]}")
-    return times_of(json.loads((folder / "outputs" / "trainer_state.json").read_text())["log_history"])
+        sys.exit(process.stderr[-2000:])
+    return times_of(json.loads((folder / "outputs/trainer_state.json").read_text())["log_history"])
 
 
 def bare_loop(model_folder: Path, folder: Path, four_bit: bool) -> tuple[float, list[float]]:
-    """The same for a plain loop over the same rows: forward, backward, AdamW."""
+    """Forward, backward, AdamW over the same rows, two in a forward pass and eight in a step."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoTokenizer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    config = qwen.FinetuneConfig(
-        model_name=str(model_folder), dataset_path=str(folder / "data/train.jsonl"), eval_ratio=0, max_seq_length=512
-    )
-    device = qwen.find_device(four_bit)
-    if device.kind == "cpu":  # as qwen_finetuning.py chooses for this model
-        device = dataclasses.replace(device, attention="by_rows")
-    version = qwen.sha256_of(Path(config.dataset_path))
-    rows = list(qwen.prepare_data(config, AutoTokenizer.from_pretrained(model_folder), version)[0])
-    model = get_peft_model(qwen.load_model(config, device), LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
-    qwen.cast_adapter(model)
+    config = settings(four_bit, model_folder)
+    config.dataset_path = str(folder / "data/train.jsonl")
+    data = training.prepare_data(config, training.load_tokenizer(config))
+    rows, collate = data["train"], DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=list(training.QWEN_LAYERS))
+    model = get_peft_model(training.load_base(config, set()), lora).train()
+    training.cast_adapter(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
-    model.train()
     started, losses = time.perf_counter(), []
     for step in range(0, len(rows), 8):
         part = rows[step : step + 8]
-        supervised = sum(label != -100 for row in part for label in row["labels"])
+        supervised = sum(int((row["labels"] != -100).sum()) for row in part)
         losses.append(0.0)
-        while part:
-            batch, size = [part.pop(0)], 0
-            size = len(batch[0]["input_ids"])
-            while part and size + len(part[0]["input_ids"]) <= 1024:
-                batch.append(part.pop(0))
-                size += len(batch[-1]["input_ids"])
-            ids = torch.tensor([id for row in batch for id in row["input_ids"]])
-            positions = torch.tensor([i for row in batch for i in range(len(row["input_ids"]))])
-            labels = torch.tensor([label for row in batch for label in row["labels"]])
-            labels[positions == 0] = -100
+        for place in range(0, len(part), 2):
+            batch = collate(part[place : place + 2])
+            batch = {key: v.to(model.device) if hasattr(v, "to") else v for key, v in batch.items()}
+            labels = batch.pop("labels")[0].long()
             places = (labels[1:] != -100).nonzero().flatten()
-            starts = torch.tensor([*(positions == 0).nonzero().flatten(), len(ids)], dtype=torch.int32)
-            inputs = {"input_ids": ids[None], "position_ids": positions[None], "cu_seq_lens_q": starts}
-            logits = model(**inputs, use_cache=False, logits_to_keep=places).logits[0]
-            loss = torch.nn.functional.cross_entropy(logits.float(), labels[places + 1], reduction="sum") / supervised
+            logits = model(**batch, use_cache=False, logits_to_keep=places).logits[0].float()
+            loss = torch.nn.functional.cross_entropy(logits, labels[places + 1], reduction="sum") / supervised
             loss.backward()
             losses[-1] += loss.item()
         optimizer.step()
@@ -151,56 +149,48 @@ def fresh(side, *args):
         return pool.apply(side, args)
 
 
-def compare(sides: dict, kind: str, records: list[str], runs: int, model: Path) -> dict[str, float]:
-    """Run each side `runs` times on the same rows, in turns, and print its line; returns examples a second of each."""
-    results = {name: [] for name in sides}
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "data").mkdir()
-        (Path(folder) / "data" / "train.jsonl").write_text("".join(records), encoding="utf-8")
-        for _ in range(runs):
-            for name, side in sides.items():
-                results[name].append(fresh(side, model, Path(folder), kind == "qlora"))
-    speed = {}
-    for name, result in results.items():
-        seconds, losses = zip(*result, strict=True)
-        speed[name] = len(records) / statistics.median(seconds)
-        last = losses[-1][-max(len(losses[-1]) // 4, 1) :]
-        print(
-            f"{kind:<6}{len(records):>4} rows  {name:<20}{speed[name]:6.2f} examples/s   "
-            f"({' '.join(f'{second:.1f}' for second in seconds)} s)   last losses {statistics.mean(last):.3f}",
-            flush=True,
-        )
-    return speed
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="a model folder")
-    parser.add_argument("--data", type=Path, default=ROOT / "my_dataset.json", help="records in any of the five shapes")
-    parser.add_argument("--rows", type=int, default=24, help="how many of them (default: 24)")
-    parser.add_argument("--grow", type=int, nargs="*", default=[], help="other numbers of rows, once and without TRL")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each side; the median counts (default: 3)")
-    parser.add_argument("--only", choices=("lora", "qlora"), help="one of the two comparisons")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--data", type=Path, default=ROOT / "my_dataset.json", help="records of any shape")
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--runs", type=int, default=3, help="runs of each side; the median counts")
+    parser.add_argument("--only", choices=("lora", "qlora"))
     args = parser.parse_args()
-    qwen.quiet_libraries()
-    model, records = args.model.resolve(), []
-    for _, record, _ in qwen.read_rows(args.data):
-        messages = qwen.messages_of(record, qwen.SYSTEM_PROMPT)
-        records.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    print(f"{args.data.name}, {model.name}, {os.cpu_count()} cores, {qwen.find_device(False).dtype}; ", end="")
-    print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")))
-    plain, ratios = {"qwen_finetuning.py": ours, "bare loop": bare_loop}, []
+    training.quiet_libraries()
+    model, found = (
+        args.model.resolve(),
+        [training.messages_of(record)[0] for _, record in training.rows_of(str(args.data))],
+    )
+    lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in found[: args.rows]]
+    print(f"{args.data.name}, {model.name}, {settings(False).dtype}")
     for kind, name, peer in (("lora", "trl sft", trl_sft), ("qlora", "SFTTrainer", sft_trainer)):
-        if args.only not in (None, kind):
-            continue
-        speed = compare({name: peer} | plain, kind, records[: args.rows], args.runs, model)
-        ratios.append(
-            f"{kind} {speed['qwen_finetuning.py'] / speed[name]:.2f} x {name}, "
-            f"{speed['qwen_finetuning.py'] / speed['bare loop']:.2f} x the bare loop"
-        )
-        for rows in args.grow:
-            compare(plain, kind, records[:rows], 1, model)
-    print("; ".join(ratios))
+        if args.only in (None, kind):
+            results, sides = {}, {name: peer, "qwen_finetuning.py": ours, "bare loop": bare_loop}
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "data").mkdir()
+                (Path(folder) / "data/train.jsonl").write_text("".join(lines), encoding="utf-8")
+                for _ in range(args.runs):
+                    for side, run in sides.items():
+                        results.setdefault(side, []).append(fresh(run, model, Path(folder), kind == "qlora"))
+            speed = {
+                side: len(lines) / statistics.median(s for s, _ in result) for side, result in results.items()
+            }
+            for side, result in results.items():
+                times, last = (
+                    " ".join(f"{s:.1f}" for s, _ in result),
+                    result[-1][1][-max(len(lines) // 32, 1) :],
+                )
+                print(
+                    f"{kind:<6}{side:<20}{speed[side]:6.2f} examples/s ({times} s), last loss {statistics.mean(last):.3f}"
+                )
+            mine = speed["qwen_finetuning.py"]
+            print(
+                f"{kind}: {mine / speed[name]:.2f} x {name}, {mine / speed['bare loop']:.2f} x the loop",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,438 +1,325 @@
-"""evaluate.py: the loss against a plain loop, scores against the libraries, the real script on tiny runs."""
+"""evaluate.py: the loss against a plain loop, scores against the libraries, whole runs on a tiny adapter."""
 
 from __future__ import annotations
 
-import http.server
+import hashlib
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from html.parser import HTMLParser
-from pathlib import Path
+from argparse import Namespace
 
 import pytest
-from conftest import ROOT, load_script, run_script, write_jsonl
+from conftest import CHATML, ROOT, build_tokenizer, load_script, run_script, write_jsonl
 
 METRIC = """
 import datasets
 import evaluate
 
-
 class Exact(evaluate.Metric):
     def _info(self):
-        texts = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        text = datasets.Value("string")
+        texts = datasets.Features({"predictions": text, "references": text})
         return evaluate.MetricInfo(description="", citation="", inputs_description="", features=texts)
 
     def _compute(self, predictions, references):
-        pairs = list(zip(predictions, references))
-        return {"exact": sum(a == b for a, b in pairs) / len(pairs), "odd": float("nan")}
+        return {"exact": sum(map(str.__eq__, predictions, references)), "odd": float("nan")}
 """
-ATTACK = "<script>document.title = 'ran'</script><img src=\"ADDRESS/pixel\"><b>芯片</b>"
+ATTACK = "<script>alert(1)</script><img src=x>\x1b[2J"
+# A sentence in each script, and one of the same script that has nothing to do with it.
+SCRIPTS = {
+    "English": ("The lamp costs twelve euros today.", "Cats sleep near warm windows!"),
+    "Chinese": ("大语言模型需要很多数据和算力。", "苹果香蕉橘子都是水果吗？"),
+    "Russian": ("Большая модель требует много данных.", "Кошка спит на тёплом окне!"),
+    "Korean": ("큰 모델은 많은 데이터가 필요합니다", "고양이는 창가에서 잠을 잔다"),
+    "Arabic": ("النموذج الكبير يحتاج إلى بيانات كثيرة", "القطة تنام قرب نافذة دافئة"),
+    "Hindi": ("बड़े मॉडल को बहुत सारा डेटा चाहिए", "बिल्ली गर्म खिड़की के पास सोती है"),
+    "Greek": ("Το μεγάλο μοντέλο χρειάζεται δεδομένα", "Μια γάτα κοιμάται δίπλα στη ζέστη"),
+    "Thai": ("โมเดลใหญ่ต้องการข้อมูลจำนวนมาก", "แมวหลับ"),
+    "Japanese": ("大きなモデルには多くのデータが必要です", "ねこは窓辺で眠っている"),
+    "emoji": ("😀🎉🚀❤✨", "🐱🐶🌧🍎⚽"),
+}
 
 
 @pytest.fixture(scope="module")
 def evaluate():
-    return load_script("evaluate")
+    """The script, in float32 on every machine, so that numbers can be compared to the last digits."""
+    import torch
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(torch.cpu, "get_capabilities", dict)
+    yield load_script("evaluate")
+    patch.undo()
 
 
-def records(number: int) -> list[dict]:
-    """Records of different lengths, Chinese and English by turns; the questions teach one answer."""
-    texts = ["芯片由硅制成" * (i % 4 + 1) if i % 2 else "What does it cost? " * (i % 5 + 1) for i in range(number)]
-    return [
-        {"instruction": f"{text} {i}", "output": f"It costs {i % 7} euros." + " and more" * (i % 3 * 10)}
-        for i, text in enumerate(texts)
-    ]
-
-
-@pytest.fixture(scope="module")
-def run(tiny_qwen2, tmp_path_factory) -> Path:
-    """A folder in which qwen_finetuning.py trained an adapter in float32, with 18 of 60 rows held out."""
-    folder = tmp_path_factory.mktemp("run")
-    write_jsonl(folder / "rows.jsonl", records(60))
-    flags = ["--no-load_in_4bit", "--dtype", "float32", "--max_steps", "12", "--learning_rate", "1e-2", "--optim"]
-    flags += ["adamw_torch", "--eval_ratio", "0.3", "--system_prompt", "Be brief.", "--max_seq_length", "80"]
-    done = run_script(
-        "qwen_finetuning.py", "--model_name", tiny_qwen2, "--dataset_path", "rows.jsonl", *flags, cwd=folder
-    )
-    assert done.returncode == 0, done.stderr
-    (folder / "exact").mkdir()
-    (folder / "exact" / "exact.py").write_text(METRIC)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def judged(run) -> tuple[dict, list[dict], subprocess.CompletedProcess]:
-    """metrics.json, the predictions, and the process of one full evaluation of that adapter."""
-    flags = ["--rouge", "--bleu", "--compare_base", "--max_new_tokens", "48", "--batch_size", "4"]
-    done = run_script("evaluate.py", *flags, "--metrics", run / "exact", cwd=run)
-    assert done.returncode == 0, done.stderr
-    results = run / "evaluation_results"
-    predictions = [json.loads(line) for line in (results / "predictions.jsonl").read_text().splitlines()]
-    return json.loads((results / "metrics.json").read_text()), predictions, done
-
-
-# ------------------------------------------------------------------------------------------- the whole
-
-
-def test_loss_is_the_one_that_training_reported(run, judged):
-    metrics, _, _ = judged
-    result = json.loads((run / "Qwen_finetuning_model" / "finetune_config.json").read_text())["result"]
-    assert metrics["eval_loss"] == pytest.approx(result["loss_after"], abs=1e-5)
-    assert metrics["base"]["eval_loss"] == pytest.approx(result["loss_before"], abs=1e-5)
-    assert metrics["base"]["eval_loss"] > metrics["eval_loss"] + 0.1
-    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
-
-
-def test_same_rows_as_training_held_out(run, judged):
-    metrics, predictions, _ = judged
-    record = json.loads((run / "Qwen_finetuning_model" / "finetune_config.json").read_text())
-    assert metrics["dataset"]["evaluated"] == len(record["held_out"]) == len(predictions) == 18
-    assert metrics["dataset"]["sha256"] == record["dataset"]["sha256"] and metrics["dataset"]["changed"] is False
-    by_question = {row["instruction"]: row["output"] for row in records(60)}
-    assert all(by_question[row["instruction"]] == row["reference"] for row in predictions)
-
-
-def test_metrics_add_up(judged):
-    metrics, predictions, done = judged
-    stopped = [row["stopped"] for row in predictions]
-    assert set(stopped) <= {"end_of_turn", "limit"}
-    assert metrics["stop_rate"] == pytest.approx(stopped.count("end_of_turn") / 18)
-    assert metrics["empty_rate"] == pytest.approx(sum(not row["prediction"].strip() for row in predictions) / 18)
-    assert metrics["exact"] == pytest.approx(sum(row["prediction"] == row["reference"] for row in predictions) / 18)
-    assert metrics["exact_odd"] is None  # not a number, so none
-    ratio = metrics["avg_pred_len_tokens"] / metrics["avg_ref_len_tokens"]
-    assert metrics["len_ratio_pred_over_ref"] == pytest.approx(ratio)
-    assert (
-        metrics["length"]["min"] <= metrics["length"]["median"] <= metrics["length"]["p95"] <= metrics["length"]["max"]
-    )
-    assert metrics["truncation_rate"] > 0 and metrics["length"]["max"] > metrics["max_seq_length"] == 80
-    low, high = metrics["rougeL_interval"]
-    assert low <= metrics["rougeL"] <= high
-    names = [line.split()[0] for line in done.stdout.splitlines()[1:]]
-    assert {"perplexity", "stop_rate", "rouge1", "bleu", "exact"} <= set(names)
-    assert done.stdout.split()[:2] == ["model", "base"]
-
-
-def test_killed_evaluation_resumes_after_the_last_whole_prediction(evaluate, run, judged):
-    flags = ["--rouge", "--compare_base", "--max_new_tokens", "48", "--batch_size", "1", "--output_dir", "killed"]
-    unfinished = run / "killed" / "predictions.unfinished.jsonl"
-    command = [sys.executable, str(ROOT / "evaluate.py"), *flags]
-    process = subprocess.Popen(command, cwd=run, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and not (unfinished.is_file() and unfinished.read_bytes().count(b"\n") > 3):
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    with open(unfinished, "ab") as file:
-        file.write('{"index": 17, "prediction": "芯'.encode()[:-1])
-    kept = [json.loads(line) for line in unfinished.read_bytes().split(b"\n")[1:-1]]
-    assert 3 <= len(kept) < 18
-    assert not (run / "killed" / "metrics.json").exists()
-
-    again = run_script("evaluate.py", *flags, cwd=run)
-    assert again.returncode == 1 and "--resume" in again.stderr and "unfinished evaluation" in again.stderr
-    with pytest.raises(evaluate.UserError, match="max_new_tokens was 48, is 9"):
-        evaluate.earlier_predictions(unfinished, {"max_new_tokens": 9})
-    done = run_script("evaluate.py", *flags, "--resume", cwd=run)
-    assert done.returncode == 0, done.stderr
-    assert f"resuming after {len(kept)} predictions" in done.stderr and f"{18 - len(kept)} prompts" in done.stderr
-    assert not unfinished.exists()
-    resumed = [json.loads(line) for line in (run / "killed" / "predictions.jsonl").read_text().splitlines()]
-    # one at a time and four at a time, resumed and not: in float32 the answers are the same
-    assert resumed == judged[1]
-
-
-# --------------------------------------------------------------------------------------- what is judged
-
-
-def test_split_without_a_run_is_the_one_of_training(evaluate, run):
-    record = evaluate.read_run(run / "Qwen_finetuning_model")
-    config = evaluate.Config(dataset_path=str(run / "rows.jsonl"), eval_ratio=0.3, system_prompt="Be brief.")
-    split, about = evaluate.rows_to_judge(config, {})
-    assert [evaluate.digest_of(row["messages"]) for row in split] == record["held_out"]
-    assert "split" in about["chosen_by"]
-    every, _ = evaluate.rows_to_judge(evaluate.Config(dataset_path=str(run / "rows.jsonl"), eval_ratio=1), {})
-    assert len(every) == 60
-    assert len(evaluate.rows_to_judge(evaluate.Config(dataset_path=config.dataset_path, limit=4), record)[0]) == 4
-
-
-def test_changed_dataset_is_said(evaluate, run, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def run(evaluate, tiny_adapter, tmp_path, monkeypatch, capsys):
+    """Run evaluate.py in this process: (metrics, predictions, stderr)."""
     monkeypatch.chdir(tmp_path)
-    record = evaluate.read_run(run / "Qwen_finetuning_model")
-    write_jsonl(tmp_path / "rows.jsonl", [*records(60)[:40], {"instruction": "new", "output": "row"}])
-    rows, about = evaluate.rows_to_judge(evaluate.Config(), record)
-    assert about["changed"] and 0 < len(rows) < 18
-    assert f"{len(rows)} of the 18 held-out rows" in capsys.readouterr().err
-    assert {row["digest"] for row in rows} < set(record["held_out"])
-    with pytest.raises(evaluate.UserError, match="held no rows out"):
-        evaluate.rows_to_judge(evaluate.Config(), record | {"held_out": []})
-    write_jsonl(tmp_path / "one.jsonl", records(1))
-    with pytest.raises(evaluate.UserError, match="no row to judge by among 1"):
-        evaluate.rows_to_judge(evaluate.Config(dataset_path="one.jsonl"), record)
+
+    def run(*flags, model=tiny_adapter):
+        evaluate.main(evaluate.parse_args([*map(str, flags), "--model", str(model), "--max_new_tokens", "8"]))
+        lines = (tmp_path / "evaluation_results/predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics = json.loads((tmp_path / "evaluation_results/metrics.json").read_text(encoding="utf-8"))
+        return metrics, list(map(json.loads, lines)), capsys.readouterr().err
+
+    return run
 
 
-def test_last_answer_of_several_turns_is_the_reference(evaluate):
-    turns = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
-    row = evaluate.shown_row({"messages": [{"role": role, "content": text} for role, text in turns]}, "")
-    assert row["reference"] == "d" and row["instruction"] == "user: a\nassistant: b\nuser: c"
-    assert [message["content"] for message in row["messages"]] == ["S", "a", "b", "c", "d"]
-    assert evaluate.shown_row({"input": "q", "output": "r"}, "")["input"] == "q"
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "words"),
-    [
-        (["--limit", "0"], 2, "--limit is 0"),
-        (["--eval_ratio", "0"], 2, "--eval_ratio is 0.0"),
-        (["--batch_size", "0", "--top_p", "2"], 2, "--top_p is 2.0"),
-        (["--no_such_flag"], 2, "unrecognized arguments"),
-        (["--model", "nowhere"], 1, "nowhere: no such folder"),
-        (["--dataset_path", "nothing.jsonl"], 1, "nothing.jsonl: no such dataset"),
-        (
-            ["--model", "BASE", "--compare_base", "--dataset_path", "rows.jsonl"],
-            1,
-            "--compare_base switches an adapter",
-        ),
-        (["--dataset_path", "bad.jsonl"], 1, "bad.jsonl:2: empty answer"),
-    ],
-)
-def test_mistakes_get_one_clear_line(run, tiny_qwen2, flags, code, words):
-    (run / "bad.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "output": " "}\n')
-    done = run_script("evaluate.py", *[tiny_qwen2 if flag == "BASE" else flag for flag in flags], cwd=run)
-    assert done.returncode == code
-    assert words in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
-
-
-def test_library_of_the_same_name_is_found_from_the_repository_too(run):
-    model = run / "Qwen_finetuning_model"
-    flags = ["--model", model, "--dataset_path", run / "rows.jsonl", "--output_dir", run / "other"]
-    done = run_script("evaluate.py", *flags, "--metrics", run / "exact", "no/metric", cwd=ROOT)
-    assert done.returncode == 1 and "metric no/metric can not be loaded: Couldn't find a module" in done.stderr
-
-
-# ------------------------------------------------------------------------------------------- the model
-
-
-def plain_loss(folder: Path, rows: list[dict]) -> float:
-    """Mean of -log p over all labels, one example at a time in float64, with nothing but a forward and a softmax."""
+def plain_loss(folder, rows: list[dict]) -> float:
+    """Mean of -log p over all labels, one example at a time in float64: a forward and a softmax."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    losses = []
+    model, losses = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), []
     for row in rows:
         with torch.no_grad():
-            logits = model(torch.tensor([row["input_ids"]])).logits[0]
-        scores = torch.log_softmax(logits, dim=-1)
-        losses += [-scores[i - 1, label].item() for i, label in enumerate(row["labels"]) if i and label != -100]
+            scores = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        losses += [-scores[i - 1, y].item() for i, y in enumerate(row["labels"]) if i and y != -100]
     return math.fsum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("kind", ["tiny_qwen2", "tiny_gpt2"])
-def test_perplexity_equals_a_plain_loop_in_float64(evaluate, kind, request):
-    import torch
+# -------------------------------------------------------------------------------------------- whole runs
+
+
+def test_the_whole_as_a_person_runs_it(tiny_adapter, tmp_path):
+    (tmp_path / "exact").mkdir()
+    (tmp_path / "exact/exact.py").write_text(METRIC)
+    flags = ["--rouge", "--bleu", "--compare_base", "--metrics", "exact", "--max_new_tokens", "8"]
+    done = run_script("evaluate.py", "--model", tiny_adapter, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4 rows as training stored them; --eval_ratio and --seed choose none" in done.stderr
+    results = tmp_path / "evaluation_results"
+    assert sorted(p.name for p in results.iterdir()) == ["metrics.json", "predictions.jsonl", "report.html"]
+    metrics = json.loads((results / "metrics.json").read_text())
+    assert metrics["exact"] == 0 and metrics["exact_odd"] is None  # not a number, so none
+    assert metrics["dataset"]["evaluated"] == 4 and metrics["truncation_rate"] == 0
+    assert abs(metrics["eval_loss"] - metrics["base"]["eval_loss"]) > 0.01
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
+    low, high = metrics["bleu_interval"]
+    assert 0 <= low <= high <= 100 and metrics["rougeL_interval"][0] <= metrics["rougeL"]
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["model", "base"] and lines[1].startswith("length") and " p95 " in lines[1]
+    assert lines[-2] == f"Perplexity: {metrics['perplexity']:.4g}" and lines[-1].startswith("BLEU: ")
+
+
+def test_losses_equal_a_plain_loop(run, evaluate, tiny_adapter, tiny_qwen2, tiny_gpt2):
     from transformers import AutoModelForCausalLM
 
-    folder = request.getfixturevalue(kind)
-    random = torch.Generator().manual_seed(1)
-    rows = []
-    for length in (3, 40, 9, 200, 17, 1):
-        ids = torch.randint(3, 300, (length,), generator=random).tolist()
-        rows.append({"input_ids": ids, "labels": [-100] * (length // 3) + ids[length // 3 :]})
-    padded = [{"input_ids": row["input_ids"] + [0] * 5, "labels": row["labels"] + [-100] * 5} for row in rows]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    truth = math.exp(plain_loss(folder, rows))
-    for way in (
-        evaluate.teacher_forced(model, rows)["perplexity"],
-        evaluate.teacher_forced(model, padded)["perplexity"],
-        math.exp(evaluate.held_out_loss(model, rows, tokens_per_forward=1)),
-        math.exp(evaluate.held_out_loss(model, rows, tokens_per_forward=64)),
-    ):
-        assert way == pytest.approx(truth, rel=1e-5)
-    assert evaluate.teacher_forced(model, [{"input_ids": [5], "labels": [5]}]) == {
-        "eval_loss": None,
-        "perplexity": None,
-    }
+    lines = (tiny_adapter.parent / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = list(map(json.loads, lines))
+    metrics, _, _ = run("--compare_base")
+    assert metrics["eval_loss"] == pytest.approx(plain_loss(tiny_adapter, rows), rel=1e-5)
+    assert metrics["base"]["eval_loss"] == pytest.approx(plain_loss(tiny_qwen2, rows), rel=1e-5)
+    texts = list(range(5, 90)), [5, 6, 7, 8], [9]
+    rows = [{"input_ids": ids, "labels": [-100] * 3 + ids[3:]} for ids in texts]
+    gpt2 = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    assert evaluate.mean_loss(gpt2, rows) == pytest.approx(plain_loss(tiny_gpt2, rows), rel=1e-5)
+    assert math.isnan(evaluate.mean_loss(gpt2, rows[2:]))
 
 
-def test_batched_answers_equal_single_ones(evaluate, tiny_qwen2):
-    config = evaluate.Config(max_new_tokens=40)
-    model, tokenizer, _ = evaluate.load_chat_model(str(tiny_qwen2), False, False)
-    model = model.float()
-    texts = ["芯片", "What does the lamp cost? " * 6, "你好，世界！" * 3, "Proteins", "0 1 2 3 4 5"]
-    prompts = [evaluate.encode_prompt([{"role": "user", "content": text}], tokenizer) for text in texts]
-    single = [evaluate.generate_batch(model, [prompt], config)[0] for prompt in prompts]
-    assert evaluate.generate_batch(model, prompts, config) == single
-    assert {stopped for _, stopped in single} <= {"limit", "end_of_turn"}
-    # an answer ends at the first end-of-turn token, whatever stands after it
-    model.generation_config.eos_token_id = [single[0][0][5]]
-    ids, stopped = evaluate.generate_batch(model, prompts, config)[0]
-    assert stopped == "end_of_turn" and ids == single[0][0][: single[0][0].index(single[0][0][5])]
-    # the context holds 1024 tokens
-    assert len(evaluate.generate_batch(model, [[5] * 1014], config)[0][0]) <= 10
-    assert evaluate.generate_batch(model, [[5] * 1024], config) == [([], "no_room")]
+def test_the_same_numbers_at_every_batch_size(run, evaluate, tiny_adapter, tmp_path):
+    """The tiny model has 1,024 positions: 491 leaves no room, 489 four tokens, 1,100 is cut."""
+    import torch
+
+    lengths = [1, 40, 3, 491, 16, 2, 489, 1100]
+    rows = [{"instruction": "0 " * n + f"{n}", "output": "It costs 12 euros."} for n in lengths]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = ["--dataset_path", "rows.jsonl", "--eval_ratio", "1", "--rouge", "--bleu"]
+    once, *others = [run(*flags, "--batch_size", size) for size in (1, 3, 32)]
+    assert once[0]["eval_loss"] > 0 and all(other[:2] == once[:2] for other in others)
+    assert once[0]["truncation_rate"] == 1 / 8 and once[0]["empty_rate"] < 0.5
+    assert [i for i, row in enumerate(once[1]) if row["stopped"] == "no_room"] == [3, 7]
+    model, tokenizer = evaluate.load_model(str(tiny_adapter))
+    for place, tokens in ((1, 8), (6, 4)):  # greedy, by hand
+        messages = [{"role": "user", "content": rows[place]["instruction"]}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids = torch.tensor([prompt])
+        for _ in range(tokens):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+        wanted = tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)
+        assert once[1][place]["prediction"] == wanted != ""
 
 
-def test_base_made_plain_keeps_the_function(evaluate, tiny_qwen2):
-    import bitsandbytes
+def test_killed_in_the_middle_of_300_rows_it_goes_on(run, evaluate, tiny_adapter, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"input": f"What is {n}?", "output": "12"} for n in range(300)])
+    flags = ["--dataset_path", "rows.jsonl", "--eval_ratio", "1"]
+    whole = run(*flags)
+    code = "import sys, torch; torch.cpu.get_capabilities = dict; sys.path.insert(0, sys.argv.pop(1))"
+    code += "; import evaluate; evaluate.main(evaluate.parse_args(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, ROOT, *flags, "--batch_size", "4"]
+    command += ["--model", tiny_adapter, "--max_new_tokens", "8"]
+    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stderr=subprocess.DEVNULL)
+    file = tmp_path / "evaluation_results/predictions.unfinished.jsonl"
+    while process.poll() is None and not (file.is_file() and file.read_bytes().count(b"\n") > 40):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    kept = file.read_bytes().count(b"\n")
+    assert 40 < kept < 300
+    with open(file, "ab") as cut:
+        cut.write('["0123", "芯'.encode()[:-1])
+    with pytest.raises(ValueError, match="pass --resume, or delete it"):
+        run(*flags)
+    text = file.read_bytes()
+    assert len(evaluate.earlier_answers(file, True)) == kept and text.startswith(file.read_bytes())
+    assert file.read_bytes().endswith(b"\n")  # the half line is gone
+    metrics, predictions, words = run(*flags, "--resume")
+    assert f"{kept} answers of the model are there already" in words
+    assert (metrics, predictions) == whole[:2] and not file.exists()
 
-    ids = list(range(10, 90))
-    rows = [{"input_ids": ids, "labels": ids}]
-    model, _, _ = evaluate.load_chat_model(str(tiny_qwen2), True, False)
-    assert not evaluate.dequantise_for_many(model, 15)
-    before = evaluate.teacher_forced(model, rows)["eval_loss"]
-    model, _, _ = evaluate.load_chat_model(str(tiny_qwen2), True, False)
-    assert evaluate.dequantise_for_many(model, 16)
-    assert not any(isinstance(layer, bitsandbytes.nn.Linear4bit) for layer in model.modules())
-    assert evaluate.teacher_forced(model, rows)["eval_loss"] == pytest.approx(before, abs=0.01)
+    file.write_bytes(text.replace(b'["', b'{"', 1))
+    with pytest.raises(ValueError, match="is broken; delete it to start anew"):
+        run(*flags, "--resume")
+    file.write_bytes(b"")
+    assert "0 answers of the model are there already" in run("--limit", "2", "--resume")[2]
 
 
-# ------------------------------------------------------------------------------------------ the scores
+# ---------------------------------------------------------------------------------------- what is judged
 
 
-def test_rouge_of_chinese(evaluate):
-    reference = "大语言模型需要很多数据和算力"
-    half = "大语言模型吃掉苹果香蕉橘子"
-    equal, some, none, mixed = evaluate.rouge_scores(
-        [reference, half, "", "用LoRA微调Qwen2模型"], [reference] * 3 + ["用 LoRA 微调 Qwen2 模型"]
+def test_rows_that_were_trained_on_are_left_out_of_another_file(run, tiny_adapter, tmp_path):
+    model = shutil.copytree(tiny_adapter, tmp_path / "model")
+    trained = [{"instruction": f"Trained {n}", "output": "yes"} for n in range(6)]
+    training, digests = load_script("qwen_finetuning"), []
+    for record in trained:
+        text = json.dumps(training.messages_of(record), ensure_ascii=False)
+        digests.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+    (tmp_path / "trained_on.txt").write_text("\n".join(digests))
+    record = json.loads((model / "finetune_config.json").read_text(encoding="utf-8"))
+    record |= {"trained_on": str(tmp_path / "trained_on.txt")}
+    (model / "finetune_config.json").write_text(json.dumps(record), encoding="utf-8")
+    fresh = [{"instruction": f"Fresh {n}", "output": "yes"} for n in range(2)]
+    turns = [{"from": "human", "value": "Trained 5"}, {"from": "gpt", "value": "yes"}]
+    write_jsonl(tmp_path / "test.jsonl", [*trained[:5], {"conversations": turns}, *fresh, *fresh])
+
+    flags = ["--dataset_path", "test.jsonl", "--eval_ratio", "1"]
+    metrics, predictions, words = run(*flags, model=model)
+    assert "2 of 8 rows of test.jsonl; 6 that training used are left out" in words
+    assert [row["prompt"] for row in predictions] == ["Fresh 0", "Fresh 1"]
+    assert metrics["dataset"] == {"path": "test.jsonl", "rows": 8, "trained_on": 6, "evaluated": 2}
+    (tmp_path / "trained_on.txt").unlink()
+    assert "can not be told from others: no list of them is there" in run(*flags, model=model)[2]
+    record |= {"settings": record["settings"] | {"eval_ratio": 0}, "held_out": ""}
+    (model / "finetune_config.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ValueError, match="its training held no rows out"):
+        run(model=model)
+
+
+def test_the_last_answer_is_labelled_as_in_training(evaluate, tiny_adapter):
+    training = load_script("qwen_finetuning")
+    model, tokenizer = evaluate.load_model(str(tiny_adapter))
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a <|im_end|> b"}]
+    row = evaluate.with_ids(tokenizer, {tokenizer.eos_token_id}, 99, {"messages": talk, "tools": []})
+    [wanted], _ = training.encode(talk, tokenizer)
+    assert row["examples"] == [wanted] and not row["cut"]
+    stored = row | {"messages": talk, "tools": [], "examples": [wanted]}
+    assert (
+        evaluate.with_ids(tokenizer, {tokenizer.eos_token_id}, 99, stored)["prompt_ids"] == row["prompt_ids"]
     )
-    for kind in ("rouge1", "rouge2", "rougeL"):
-        assert equal[kind].fmeasure == 1.0 and none[kind].fmeasure == 0.0 and mixed[kind].fmeasure == 1.0
-        assert 0.1 < some[kind].fmeasure < 0.9
-    assert {"用", "lora", "微调", "qwen2"} <= set(evaluate.Words().tokenize("用LoRA微调Qwen2模型！"))
 
 
-def test_english_scores_equal_the_libraries_to_the_last_digit(evaluate):
+def test_without_stored_rows_the_split_is_the_trainings(evaluate, tiny_qwen2, tmp_path):
+    from datasets import Dataset
+
+    rows = [{"instruction": f"q{n}", "output": "a"} for n in range(40)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows + rows[:10]), encoding="utf-8")
+    config = evaluate.Config(model=str(tiny_qwen2), dataset_path=str(tmp_path / "rows.json"))
+    chosen = [row["messages"][0]["content"] for row in evaluate.rows_to_judge(config)[0]]
+    wanted = Dataset.from_list(rows).train_test_split(0.1, seed=42)["test"]["instruction"]
+    assert chosen == list(wanted) and len(chosen) == 4
+
+
+def test_the_last_answer_is_the_reference_and_thoughts_are_not_scored(evaluate, monkeypatch, tmp_path):
+    tokenizer = build_tokenizer(CHATML.replace("assistant\n{%", "assistant\n<think>\n{%"))
+    turns = {"S": "system", "a": "user", "b": "assistant", "c": "user", "<think>x</think>d": "assistant"}
+    talk = [{"role": role, "content": content} for content, role in turns.items()]
+    row = evaluate.with_ids(tokenizer, {tokenizer.eos_token_id}, 2048, {"messages": talk, "tools": []})
+    assert (row["prompt"], row["reference"], row["cut"]) == ("user: a\nassistant: b\nuser: c", "d", False)
+    texts = ["so</think>\nIt is 12.", "and so on"]  # <think> stands in the prompt, as of some thinking models
+    made = [(tokenizer(text).input_ids, "limit") for text in texts]
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, room: made)
+    model = Namespace(config=Namespace(get_text_config=lambda: None))  # its number of positions is asked for
+    prompts, config = [[5] + row["prompt_ids"], row["prompt_ids"]], evaluate.Config()
+    answers = evaluate.answer_all(model, tokenizer, prompts, "model", {}, tmp_path / "kept.jsonl", config)
+    assert [answer for answer, _ in answers] == ["<think>" + text for text in texts]
+    assert [evaluate.answer_of(answer) for answer, _ in answers] == ["It is 12.", ""]
+    assert evaluate.answer_of("a <think>b") == "a" and evaluate.answer_of("b</think> c") == "c"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch_size", "0"], "--batch_size is 0; it must be 1 or more"),
+        (["--model", "nowhere"], "names no rows to judge by"),
+        (["--model", "nowhere", "--compare_base"], "--compare_base switches an adapter off; nowhere is none"),
+        (["--model", "x", "--dataset_path", "nothing.jsonl"], "No such file or directory: 'nothing.jsonl'"),
+        (["--model", "x", "--dataset_path", "rows.csv"], "must be a .jsonl or .json file"),
+        (
+            ["--model", "x", "--dataset_path", "bad.jsonl"],
+            "2 of 3 rows can not be used.*bad.jsonl:3: Unterminated",
+        ),
+        (["--model", "x", "--rouge"], "pip install jieba"),
+        (["--model", "broken"], "finetune_config.json or the held-out rows that it names are broken"),
+    ],
+)
+def test_mistakes_get_one_clear_line(evaluate, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "jieba", None)  # as where it is not installed
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/finetune_config.json").write_text('{"dataset": ')
+    (tmp_path / "bad.jsonl").write_text(
+        '{"input": "", "output": "b"}\n{"input": "a", "output": "b"}\n{"in\n\n'
+    )
+    with pytest.raises((ValueError, OSError), match=f"(?s){words}"):
+        evaluate.main(evaluate.parse_args(flags))
+
+
+# -------------------------------------------------------------------------------------------- the scores
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_copies_score_one_and_unrelated_texts_nothing_in_every_script(evaluate, script):
+    text, other = SCRIPTS[script]
+    copy, apart = (evaluate.rouge([answer], [text])[0] for answer in (text, other))
+    assert [copy[kind] for kind in ("rouge1", "rouge2", "rougeL")] == [1, 1, 1]
+    assert apart["rouge2"] == 0 and max(apart["rouge1"], apart["rougeL"]) < 0.25
+    assert evaluate.bleu([text], [text])["bleu"] == pytest.approx(100)
+    assert evaluate.bleu([other], [text])["bleu"] < 3
+    assert evaluate.overlap(text, text) == 1 > evaluate.overlap(other, text) + 0.7
+    assert evaluate.overlap(text, text[:-3]) < 1
+
+
+def test_english_equals_the_libraries_and_chinese_is_cut_by_jieba(evaluate):
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import corpus_bleu
 
-    references = ["The naïve lamp costs 12 euros.", "It's made of silicon, isn't it?", "Yes. No. Maybe so."]
-    answers = ["A naïve lamp costs 14 euros", "Chips: it's made of sand, not silicon.", ""]
-    ours = evaluate.rouge_scores(answers, references)
+    references = ["A lamp costs 12.50 euros.", "It’s silicon, isn't it? “Yes” — a_b", "Yes. Maybe so."]
+    answers = ["A lamp costs 14 euros", "Chips: it’s sand, not silicon…", ""]
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
-    assert ours == [scorer.score(reference, answer) for reference, answer in zip(references, answers, strict=True)]
-    summary = evaluate.rouge_summary(ours, seed=42)
-    assert summary["rouge1"] == sum(score["rouge1"].fmeasure for score in ours) / 3
-    assert summary == evaluate.rouge_summary(ours, seed=42)
-    found = evaluate.bleu_summary(answers, references)
+    expected = list(map(scorer.score, references, answers))
+    values, order = evaluate.rouge(answers, references)
+    for kind in ("rouge1", "rouge2", "rougeL"):
+        assert values[kind] == pytest.approx(sum(score[kind].fmeasure for score in expected) / 3, abs=1e-15)
+    assert order == [score["rougeL"].fmeasure for score in expected]
+    found = evaluate.bleu(answers, references)
     assert found["bleu"] == corpus_bleu(answers, [references]).score > 0
-    assert "tok:13a" in found["bleu_signature"]
-    low, high = found["bleu_interval"]
-    assert low <= found["bleu"] <= high
+    chinese = ["大语言模型需要数据和算力。"], ["大语言模型需要很多数据和算力。"]
+    assert evaluate.bleu(*chinese)["bleu"] == corpus_bleu(chinese[0], [chinese[1]], tokenize="zh").score > 20
+    assert evaluate.distinct(["a b a b"], 2) == 2 / 3 and evaluate.words("?!") == ["?", "!"]
 
 
-def test_bleu_of_chinese(evaluate):
-    from sacrebleu import corpus_bleu
-
-    references = ["大语言模型需要很多数据和算力。", "芯片由硅制成，价格是12欧元。"]
-    answers = ["大语言模型需要数据和算力。", "芯片由砂制成，价格是12欧元。"]
-    found = evaluate.bleu_summary(answers, references)
-    assert found["bleu"] == corpus_bleu(answers, [references], tokenize="zh").score
-    assert 20 < found["bleu"] < 100 and "tok:zh" in found["bleu_signature"]
-    assert evaluate.bleu_summary(references, references)["bleu"] == pytest.approx(100)
-
-
-def test_odd_texts_give_numbers(evaluate, tiny_qwen2):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
-    config = evaluate.Config(rouge=True, bleu=True)
-    for answers, references in ((["  ", "\n\t"], ["😀", "🎉🎉"]), (["😀"], ["😀"]), ([" "], ["字"])):
-        stops = ["limit"] * len(answers)
-        values, order = evaluate.judge_answers(answers, stops, references, tokenizer, config, {})
-        json.dumps(values, allow_nan=False)
-        assert values["empty_rate"] == float(answers != ["😀"])
-        assert values["stop_rate"] == values["rougeL"] == values["distinct-2"] == 0
-        assert order == [0.0] * len(answers)
-    assert evaluate.distinct(["a b", "a b"], 1) == 0.5
-
-
-# ------------------------------------------------------------------------------------------ the report
-
-
-def page(evaluate, address: str) -> str:
-    attack = ATTACK.replace("ADDRESS", address)
-    rows = [
-        {"instruction": "q1", "input": attack, "reference": attack, "prediction": "good", "score": 0.9},
-        {"instruction": "q2", "input": "", "reference": "r\x1b[2J", "prediction": attack, "score": 0.1},
-    ]
-    for row in rows:
-        row["base_prediction"] = attack
-    sides = {"model": {"perplexity": 1.5, "rouge1": 0.5, "rouge1_interval": [0.4, 0.6]}, "base": {"perplexity": None}}
-    return evaluate.report(f"Evaluation of {attack}", sides, [3, 5, 5, 900], 512, rows)
-
-
-def test_report_escapes_everything(evaluate):
-    tags, texts = [], []
-
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag, attrs):
-            tags.append(tag)
-            assert not {"src", "href", "onload"} & {name for name, _ in attrs}
-
-        def handle_data(self, data):
-            texts.append(data)
-
-    text = page(evaluate, "http://127.0.0.1:9")
-    Reader().feed(text)
-    assert not {"script", "img", "b", "link"} & set(tags)
-    assert tags.count("rect") == 2 or tags.count("rect") > 10 and "line" in tags
-    assert texts.count(ATTACK.replace("ADDRESS", "http://127.0.0.1:9")) == 4
-    assert "0.5 [0.4, 0.6]" in texts and "none" in texts and "\x1b" not in text
-    assert text.index("q2") < text.index("q1")  # the lowest score first
-
-
-def test_report_in_a_browser_runs_nothing_and_asks_for_nothing(evaluate, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not browser:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
-    asked = []
-
-    class Server(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_error(404)
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --virtual-time-budget=2000 --dump-dom"
-    try:
-        address = f"http://127.0.0.1:{server.server_port}"
-        doms = []
-        # the second page is an open door: it shows that the trap works
-        for name, text in (("report", page(evaluate, address)), ("door", ATTACK.replace("ADDRESS", address + "/door"))):
-            (tmp_path / f"{name}.html").write_text(f"{text}", encoding="utf-8")
-            command = [browser, *flags.split(), f"--user-data-dir={tmp_path / name}", f"file://{tmp_path}/{name}.html"]
-            doms.append(subprocess.run(command, capture_output=True, text=True, timeout=60).stdout)
-    finally:
-        server.shutdown()
-    assert "<title>Evaluation of &lt;script&gt;" in doms[0] and "&lt;script&gt;document.title" in doms[0]
-    assert asked == ["/door/pixel"] and "<title>ran</title>" in doms[1]
-
-
-# --------------------------------------------------------------------------------------- a real model
-
-
-@pytest.mark.real
-def test_real_four_bit_adapter(tmp_path):
-    model = Path(os.environ.get("SFT_MODEL_DIR", ROOT / "models" / "SmolLM2-135M-Instruct"))
-    if not (model / "config.json").is_file():
-        pytest.skip("no SmolLM2-135M-Instruct: set SFT_MODEL_DIR, or run qwen_finetuning.py --demo once")
-    flags = ["--dataset_path", ROOT / "configs" / "demo_dataset.json", "--learning_rate", "1e-3", "--max_steps", "15"]
-    flags += ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1"]
-    done = run_script("qwen_finetuning.py", "--model_name", model.resolve(), *flags, cwd=tmp_path, timeout=900)
-    assert done.returncode == 0, done.stderr
-    flags = ["--max_new_tokens", "32", "--rouge", "--bleu"]
-    for extra in ([], ["--compare_base"]):  # 13 answers on packed 4-bit weights, then 26 on a plain base
-        done = run_script("evaluate.py", *flags, *extra, cwd=tmp_path, timeout=900)
-        assert done.returncode == 0, done.stderr
-        assert ("made plain" in done.stderr) == bool(extra)
-        metrics = json.loads((tmp_path / "evaluation_results" / "metrics.json").read_text())
-        record = json.loads((tmp_path / "Qwen_finetuning_model" / "finetune_config.json").read_text())
-        assert metrics["eval_loss"] == pytest.approx(record["result"]["loss_after"], abs=0.01)
-    assert metrics["base"]["eval_loss"] > metrics["eval_loss"] + 0.5
-    assert metrics["rougeL"] > metrics["base"]["rougeL"]
+def test_the_report_escapes_everything_and_begins_with_the_lowest_score(evaluate, tmp_path):
+    row = {"reference": "r", "prediction": ATTACK, "base_prediction": ATTACK}
+    rows = [row | {"prompt": "q1", "score": 1.0}, row | {"prompt": "q2", "score": 0.1}]
+    config = evaluate.Config(model=ATTACK, output_dir=tmp_path, compare_base=True)
+    sides = {"model": {"perplexity": 1.5, "rouge1_interval": [0.4, 0.6]}, "base": {"perplexity": math.nan}}
+    lengths = [{"examples": [{"input_ids": [1] * n}], "cut": n > 5} for n in (3, 90)]
+    evaluate.write_results(config, {"path": "p"}, sides, lengths, rows)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    escaped = "&lt;script&gt;alert(1)&lt;/script&gt;&lt;img src=x&gt;\ufffd[2J"
+    assert text.count(escaped) == 6 and not any(bad in text for bad in ("<script", "<img", "\x1b"))
+    assert text.index("q2") < text.index("q1") and "<td>[0.4, 0.6]</td>" in text
+    assert json.loads((tmp_path / "metrics.json").read_text())["base"] == {"perplexity": None}

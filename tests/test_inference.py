@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on(tmp_path, tiny_adapter, monkeypatch):
     assert calls == [2, 2, 2, 2] and len((tmp_path / "a.jsonl").read_text().splitlines()) == 6
 
 
-def test_stdin_terminals_and_mistakes(tmp_path, tiny_adapter, capsys):
+def test_stdin_terminals_and_mistakes(tmp_path, tiny_adapter):
     process = ask(tiny_adapter, "--instruction", "-", input="What does the lamp cost?\n")
     assert process.stdout.strip() == inference.printable(plain_answer(tiny_adapter))
     command = [sys.executable, str(ROOT / "inference.py"), "--help"]  # an open pipe is not waited for
@@ -112,15 +112,16 @@ def test_stdin_terminals_and_mistakes(tmp_path, tiny_adapter, capsys):
     )
     assert done.returncode == 0 and b"--max_new_tokens" in done.stdout
     assert inference.printable("a\x1b[31m\x9bb\n\tc") == "a\ufffd[31m\ufffdb\n\tc"
+    process = ask(tmp_path / "nowhere")
+    assert process.returncode == 1 and process.stderr.startswith("error: ") and "nowhere" in process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1, process.stderr
     for flags, words in (
-        (("--model", tmp_path / "nowhere"), "nowhere"),
         (("--thinking", "off"), "--thinking: the chat template has no enable_thinking"),
         (("--instruction", ""), "there is no question"),
         (("--input", "x" * 3000), "leaves no room for an answer: the model has 1024 positions"),
     ):
-        process = ask(tiny_adapter, *flags)
-        assert process.returncode == 1 and process.stderr.startswith("error: ") and words in process.stderr
-        assert len(process.stderr.strip().splitlines()) == 1, process.stderr
+        with pytest.raises(ValueError, match=words):
+            inference.main(inference.parse_args(["--model", str(tiny_adapter), *flags]))
 
 
 def test_a_relative_base_counts_from_the_working_folder(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ from typing import get_type_hints
 # Runs of Chinese; and what else stands without spaces: kana, Thai, Lao, Tibetan, Burmese, Khmer, emoji.
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 ALONE = re.compile("[\u3040-\u30ff\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\U0001f000-\U0001faff]")
-ROLES = {"human": "user", "gpt": "assistant"}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 REPORT = """<!DOCTYPE html>
 <html><head><meta charset="utf-8"><title>{{ title }}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -237,7 +237,7 @@ def conversation_of(line: str) -> tuple[list[dict], list[dict]]:
     if not isinstance(record, dict):
         raise ValueError("it is no JSON object")
     turns = record.get("messages") or [
-        {"role": ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+        {"role": SHAREGPT_ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
         for turn in record.get("conversations") or []
     ]
     if not turns:

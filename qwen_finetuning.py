@@ -255,7 +255,7 @@ def main(config: FinetuneConfig) -> None:
     args = training_args(config, plan)  # before the model: ZeRO-3 spreads it as it loads
     model = load_base(config, data["stop_ids"])
     trainer = build_trainer(config, args, model, tokenizer, data, plan, record)
-    before = held_out_loss(trainer)
+    before = token_loss(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.progress.terminated:
         trainer.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
@@ -263,7 +263,7 @@ def main(config: FinetuneConfig) -> None:
         sys.exit(128 + signal.SIGTERM)
     if not config.deepspeed:
         cast_adapter(trainer.model)  # the best checkpoint comes back as float32
-    record["losses"] = {"before": before, "after": held_out_loss(trainer)}
+    record["losses"] = {"before": before, "after": token_loss(trainer)}
     save_result(config, trainer, record)
     if RANK == 0:
         show_result(config, trainer, tokenizer, record, time.monotonic() - started)
@@ -439,9 +439,9 @@ def stop_for(faults: list[str], go_on: bool) -> None:
         raise ValueError("\n  ".join([head, *faults[:10], *more]))
 
 
-# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
+# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
 def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
-    """Yield (where, record) for each row of a file, a folder or a hub dataset; `where` is file:line or :row.
+    """Yield (where, record) for each row of a file, a folder or a hub dataset's train split.
 
     In place of a row that can not be read comes a text that says why; a folder's other files are named.
     """
@@ -475,10 +475,10 @@ def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
 
         kind = {"path": "parquet", "data_files": source} if name.endswith(".parquet") else {"path": source}
         rows = map(without_nulls, load_dataset(**kind, split="train"))
-    yield from ((f"{source}:{n}", row) for n, row in enumerate(rows, 1))
+    yield from ((f"{source}, row {n}", row) for n, row in enumerate(rows, 1))
 
 
-# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
+# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
 def without_nulls(value):
     """`value` without the keys that are null, at any depth: in a table each row has every column."""
     if isinstance(value, dict):
@@ -486,7 +486,7 @@ def without_nulls(value):
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
+# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
 def from_json(text: str):
     """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
 
@@ -501,12 +501,10 @@ def from_json(text: str):
         return f"not JSON: {error}"
 
 
-# Same in: evaluate.py, qwen_finetuning.py
 class EmptyAnswer(ValueError):
     """A record whose assistant says nothing."""
 
 
-# Same in: evaluate.py, qwen_finetuning.py
 def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
     """A record of any shape as (chat messages, tools). Raises ValueError that says what is wrong with it."""
     if not isinstance(record, dict):
@@ -540,7 +538,6 @@ def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
     return messages, tools
 
 
-# Same in: evaluate.py, qwen_finetuning.py
 def message_of(item: dict) -> dict:
     """A turn as role and content; an assistant's may have tool_calls, reasoning_content, weight 0."""
     name, weight = either(item, "role", "from"), either(item, "weight", "train", "loss")
@@ -560,7 +557,6 @@ def message_of(item: dict) -> dict:
     return message | ({"weight": 0} if weight == 0 and role == "assistant" else {})
 
 
-# Same in: evaluate.py, qwen_finetuning.py
 def call_of(call: dict) -> dict:
     """A tool call in OpenAI's form, with its arguments as an object."""
     function = (objects(call, "function") or [call])[0]
@@ -570,7 +566,6 @@ def call_of(call: dict) -> dict:
     return {"type": "function", "function": function} | ({"id": call["id"]} if call.get("id") else {})
 
 
-# Same in: evaluate.py, qwen_finetuning.py
 def either(item: dict, *names: str):
     """The value of that key of `names` that says something, or None. ValueError where two differ."""
     said = [value for name in names if (value := item.get(name)) not in (None, [], {}) and str(value).strip()]
@@ -579,7 +574,6 @@ def either(item: dict, *names: str):
     return said[0] if said else None
 
 
-# Same in: evaluate.py, qwen_finetuning.py
 def text_of(item: dict, *names: str) -> str:
     """`either` as text; a list of text parts is joined. ValueError for anything else."""
     value = either(item, *names)
@@ -589,7 +583,6 @@ def text_of(item: dict, *names: str) -> str:
         raise ValueError(f"{names[0]} is no text, nor a list of text parts: {str(value)[:80]}") from None
 
 
-# Same in: evaluate.py, qwen_finetuning.py
 def objects(item: dict, *names: str) -> list[dict]:
     """`either` as a list of objects; one may stand alone, and all may be JSON text (in tables, ShareGPT)."""
     value = either(item, *names) or []
@@ -600,7 +593,6 @@ def objects(item: dict, *names: str) -> list[dict]:
     return list(value)
 
 
-# Same in: evaluate.py, qwen_finetuning.py
 def encode(messages: list[dict], tokenizer, tools: list[dict] = (), train_on: str = "all"):
     """A conversation as (examples, counts). An example has `input_ids` and `labels`, two lists of one length.
 
@@ -634,7 +626,6 @@ def encode(messages: list[dict], tokenizer, tools: list[dict] = (), train_on: st
     return examples, counts
 
 
-# Same in: evaluate.py, qwen_finetuning.py
 def thought_apart(message: dict, template: str) -> dict:
     """An assistant's message as the template wants it: no white space first, and a thought under its own key
     where the template knows that key, since <think> in a content is what a person typed."""
@@ -649,7 +640,6 @@ def thought_apart(message: dict, template: str) -> dict:
     return message | {"content": message["content"].lstrip()}
 
 
-# Same in: evaluate.py, qwen_finetuning.py
 def close_turn(ids: list[int], start: int, tokenizer) -> tuple[list[int], int, int]:
     """(ids, stop, end): ids[start:stop] is what the assistant says, ids[stop:end] what closes the turn.
 
@@ -667,7 +657,6 @@ def close_turn(ids: list[int], start: int, tokenizer) -> tuple[list[int], int, i
     return ids, stop, end
 
 
-# Same in: evaluate.py, qwen_finetuning.py
 def check_written(message: dict, written: str) -> Counter:
     """Counts of calls and thoughts in a turn. Raises ValueError where `written`, what the template made of
     it, lacks the answer or a call; white space and the forms of a character (Unicode NFKC) may differ."""
@@ -687,7 +676,6 @@ def check_written(message: dict, written: str) -> Counter:
     )
 
 
-# Same in: evaluate.py, qwen_finetuning.py
 @lru_cache(maxsize=1)
 def special_ids(tokenizer) -> frozenset[int]:
     """Ids of the tokens that a chat template alone writes: they stand within nothing that is said."""
@@ -1143,7 +1131,7 @@ def cast_adapter(model) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def held_out_loss(trainer) -> float | None:
+def token_loss(trainer) -> float | None:
     """Sum of -log p over all supervised held-out tokens / their number, in nats per token; None without rows.
 
     Every process computes all of it. With DeepSpeed there is none: its engine runs only while it trains.
@@ -1283,7 +1271,11 @@ if __name__ == "__main__":
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
-    except (OSError, ValueError) as error:  # a person's mistake or a file's; a bug keeps its traceback
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+    ) as error:  # a person's mistake or a file's; a bug keeps its traceback
         sys.exit(f"error: {error}")
     except (RuntimeError, MemoryError) as error:
         if not re.search("out of memory|can't allocate memory|^$", str(error)):

@@ -1,11 +1,11 @@
 """QLoRA on a model of Qwen2.5-7B's shape, for a machine with CUDA and without a hub.
 
-    python benchmarks/bench_gpu.py                                   # about 16 GB of disk for random weights, for now
-    python benchmarks/bench_gpu.py --layers 2 --width 64 --tokens 64       # the same on anything, to see that it runs
+    python benchmarks/bench_gpu.py                              # takes 16 GB of disk for random weights
+    python benchmarks/bench_gpu.py --layers 2 --width 256 --tokens 64 --steps 6          # see that it runs
 
-The weights are random and made on the spot: what a step costs does not depend on what they say. qwen_finetuning.py and
-a bare SFTTrainer of the same shape (4 bits, r 16, two rows in a forward pass, gradient checkpointing as the script
-chose it) train on the same rows; each in a process of its own. Seconds a step leave out the first three steps.
+The weights are random and made on the spot: what a step costs does not depend on what they say. The script and a
+bare SFTTrainer of the same shape (4 bits, r 16, two rows in a forward pass, gradient checkpointing as the script
+decides it) train on the same rows, each in a process of its own; the first three steps are not timed.
 """
 
 from __future__ import annotations

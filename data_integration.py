@@ -241,11 +241,7 @@ if __name__ == "__main__":
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-    ) as error:  # a person's mistake or a file's; a bug keeps its traceback
+    except (OSError, ValueError, EOFError) as error:  # a person's mistake or a file's
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

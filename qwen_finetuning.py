@@ -147,9 +147,7 @@ class FinetuneConfig:
     save_strategy: str = setting("steps", "when to save", choices=("steps", "epoch", "no"))
     save_steps: int = setting(50, "optimiser steps between checkpoints (at least one an epoch)")
     load_best_model_at_end: bool = setting(True, "keep the checkpoint of the lowest eval_loss, not the last")
-    early_stopping_patience: int = setting(
-        0, "stop after so many evaluations without a better loss; 0: never"
-    )
+    early_stopping_patience: int = setting(0, "evaluations without a better loss that end the run; 0: never")
     show_answers: int = setting(0, "after each evaluation, answer so many held-out prompts")
     logging_steps: int = setting(10, "optimiser steps between progress lines; at least three lines a run")
     output_dir: str = setting("outputs", "checkpoints, curve and state")
@@ -271,7 +269,7 @@ def main(config: FinetuneConfig) -> None:
 
 def quiet_libraries() -> None:
     """Their notes and bars would stand between a person and the lines that matter; errors still show."""
-    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}  # TRL reports runs
+    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_VERBOSITY": "error"}  # TRL reports each run
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate)")
     import transformers
@@ -291,9 +289,7 @@ def check_folders(config: FinetuneConfig) -> None:
     source, output = config.dataset_path, Path(config.output_dir)
     if source.lower().endswith(DATA_ENDINGS) and not Path(source).is_file():
         there = ", ".join(str(file) for file in sorted(Path("data/processed").glob("*.jsonl")))
-        raise ValueError(
-            f"{source}: no such dataset; there is {there or 'none yet: see data_integration.py'}"
-        )
+        raise ValueError(f"{source}: no such dataset; there is {there or 'none: see data_integration.py'}")
     if any(output.glob("checkpoint-*")) and not (config.resume or config.overwrite or config.dry_run):
         raise ValueError(f"{output} holds an earlier run: pass --resume, --overwrite or another --output_dir")
     for name, kind in ((config.model_dir, "adapter"), (config.tokenizer_dir, "tokenizer")):
@@ -316,7 +312,7 @@ def load_tokenizer(config: FinetuneConfig):
         say(f"{name} has a chat template of its own; --force_template would take {file}")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise ValueError(
-            f"{name}: its tokenizer has no chat template; pass --template_path, one of templates/"
+            f"{name}: its tokenizer has no chat template; --template_path takes one of templates/"
         )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     set_defaults(tokenizer, config.system_prompt, config.thinking)
@@ -383,6 +379,8 @@ def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
     rows, ledger, faults = read_records(config.dataset_path)
     stop_for(faults, config.skip_bad_rows)
     # split first, encode then: no length setting may move a row from one side to the other
+    if config.eval_ratio and len(rows) < 2:
+        raise ValueError(f"{config.dataset_path}: one row can not be split; --eval_ratio 0 trains on it")
     split = {"train": Dataset.from_dict({"text": list(rows), "where": list(rows.values())})}
     if config.eval_ratio:
         split = split["train"].train_test_split(test_size=config.eval_ratio, seed=config.split_seed)
@@ -462,9 +460,9 @@ def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
                     raise ValueError(f"{source}: {rows}")
             else:
                 file.seek(0)
-                yield from (
-                    (f"{source}:{n}", from_json(line)) for n, line in enumerate(file, 1) if line.strip()
-                )
+                for n, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{source}:{n}", from_json(line)
                 return
     elif name.endswith(".csv"):
         csv.field_size_limit(2**31 - 1)
@@ -527,9 +525,7 @@ def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
     system = text_of({"system": record.get("system"), "a system message": told}, "system", "a system message")
     roles = [message["role"] for message in messages]
     if roles[:1] != ["user"] or "assistant" not in roles or "system" in roles:
-        raise ValueError(
-            f"roles are {roles}; expected user first, an assistant, and system only at the start"
-        )
+        raise ValueError(f"roles are {roles}; expected user first, an assistant, system at the start alone")
     messages = [{"role": "system", "content": system}] * bool(system) + messages
     tools = [t if "function" in t else {"type": "function", "function": t} for t in objects(record, "tools")]
     json.dumps(
@@ -632,12 +628,10 @@ def thought_apart(message: dict, template: str) -> dict:
     if message["role"] != "assistant":
         return message
     thought, end, answer = message["content"].partition("</think>")
-    if end and "reasoning_content" in template:
-        return message | {
-            "reasoning_content": thought.replace("<think>", "").strip(),
-            "content": answer.lstrip(),
-        }
-    return message | {"content": message["content"].lstrip()}
+    if not end or "reasoning_content" not in template:
+        return message | {"content": message["content"].lstrip()}
+    thought = thought.replace("<think>", "").strip()
+    return message | {"reasoning_content": thought, "content": answer.lstrip()}
 
 
 def close_turn(ids: list[int], start: int, tokenizer) -> tuple[list[int], int, int]:
@@ -671,9 +665,7 @@ def check_written(message: dict, written: str) -> Counter:
         if plain(part) not in plain(written):
             raise ValueError(f"the chat template does not write the {what} {part[:60]!r}")
     shown = thought in plain(written)
-    return Counter(
-        calls=len(calls), thoughts=int(thought != "" and shown), thoughts_not_written=int(not shown)
-    )
+    return Counter(calls=len(calls), thoughts=thought != "" and shown, thoughts_not_written=not shown)
 
 
 @lru_cache(maxsize=1)
@@ -711,9 +703,7 @@ def show_data(data: dict, tokenizer) -> None:
         share = f"  ({count / ledger['tokens']:.1%} of all)" if name == "supervised_tokens" else ""
         print(f"  {name.replace('_', ' '):<28}{count:>12,}{share}")
     if ledger["prompts_otherwise"]:
-        print(
-            "note: this template writes some prompts otherwise at use than before an answer; see --thinking"
-        )
+        print("note: this template writes some prompts otherwise than at use; see --thinking")
     if ledger["thoughts_not_written"]:
         print("note: this chat template leaves thoughts out; they are not trained")
     before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
@@ -752,11 +742,9 @@ def plan_run(config: FinetuneConfig, data: dict) -> dict:
         skeleton = AutoModelForCausalLM.from_config(base, **remote)
     examples, rows = data["train"] + data["eval"], skeleton.get_input_embeddings().num_embeddings
     longest = max(examples, key=lambda example: len(example["input_ids"]))
-    length, positions = (
-        len(longest["input_ids"]),
-        getattr(base.get_text_config(), "max_position_embeddings", 0),
-    )
-    if 0 < (positions or 0) < length:
+    length = len(longest["input_ids"])
+    positions = getattr(base.get_text_config(), "max_position_embeddings", None)
+    if positions and length > positions:
         found = f"{longest['where']} has {length} tokens, the model {positions} positions"
         raise ValueError(f"{found}: pass --max_seq_length {positions}")
     if (highest := max(int(example["input_ids"].max()) for example in examples)) >= rows:
@@ -776,10 +764,8 @@ def plan_run(config: FinetuneConfig, data: dict) -> dict:
     if RANK == 0:
         choices = [device, config.dtype, "4-bit base" if config.load_in_4bit else "plain LoRA", config.optim]
         choices += ["gradient checkpointing"] if config.gradient_checkpointing == "on" else []
-        print(
-            f"{rows} rows, {per_epoch} steps an epoch, {steps} in all; {', '.join(choices)}; {memory}",
-            flush=True,
-        )
+        line = f"{rows} rows, {per_epoch} steps an epoch, {steps} in all; {', '.join(choices)}; {memory}"
+        print(line, flush=True)
     return plan | {"per_epoch": per_epoch, "steps": steps}
 
 
@@ -816,9 +802,7 @@ def decide_targets(config: FinetuneConfig, skeleton) -> list[str] | str:
     if set(wanted) <= there:
         return wanted
     if wanted not in (list(QWEN_LAYERS), ["all-linear"]):
-        raise ValueError(
-            f"--lora_target_modules {' '.join(wanted)}: this model has {', '.join(sorted(there))}"
-        )
+        raise ValueError(f"--lora_target_modules {wanted}: this model has {', '.join(sorted(there))}")
     say(f"the adapter goes on all linear layers: {', '.join(sorted(there))}")
     return "all-linear"
 
@@ -830,17 +814,15 @@ def decide_memory(config: FinetuneConfig, skeleton, length: int) -> str:
     import torch
 
     text, size = skeleton.config.get_text_config(), 4 if config.dtype == "float32" else 2
-    hidden, layers, tokens = (
-        text.hidden_size,
-        text.num_hidden_layers,
-        length * config.per_device_train_batch_size,
-    )
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    tokens = length * config.per_device_train_batch_size
     widths = 16 * hidden + 5 * (getattr(text, "intermediate_size", None) or 4 * hidden)
     outer, cuda = 2 * text.vocab_size * hidden, torch.cuda.is_available()
     inner = max(skeleton.num_parameters() - outer, 0) * (0.52 if config.load_in_4bit else size)
     adapter = 18 * config.lora_r * hidden * layers * (2 * size + 4)  # with gradients and optimiser
     logits = text.vocab_size * (4096 if cuda else 8 * tokens)  # in chunks, or at once for half of the tokens
-    need, kept = outer * size + inner + adapter + logits + 1e9, tokens * size * layers * widths
+    need, kept = outer * size + inner + adapter + logits, tokens * size * layers * widths
+    need, kept = (need + 5e8, kept) if cuda else (need + 1.6e9, 1.5 * kept)  # as measured; libraries too
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
     if config.gradient_checkpointing == "auto":
         config.gradient_checkpointing = "on" if need + kept > 0.9 * free else "off"
@@ -856,19 +838,15 @@ def record_of(config: FinetuneConfig, tokenizer, data: dict) -> dict:
     from importlib.metadata import version
 
     libraries = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
-    template = json.dumps(tokenizer.chat_template).encode()
+    template, output, ledger = json.dumps(tokenizer.chat_template), Path(config.output_dir), data["ledger"]
     return {
         "settings": asdict(config),
         "processes": PROCESSES,
-        "dataset": {
-            "path": config.dataset_path,
-            "rows": data["ledger"]["rows_read"],
-            "sha256": data["sha256"],
-        },
-        "chat_template": hashlib.sha256(template).hexdigest(),
-        "held_out": str(Path(config.output_dir, "held_out.jsonl")),
-        "trained_on": str(Path(config.output_dir, "trained_on.txt")),
-        "ledger": data["ledger"],
+        "dataset": {"path": config.dataset_path, "rows": ledger["rows_read"], "sha256": data["sha256"]},
+        "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+        "held_out": str(output / "held_out.jsonl"),
+        "trained_on": str(output / "trained_on.txt"),
+        "ledger": ledger,
         "versions": {name: version(name) for name in libraries},
     }
 
@@ -922,15 +900,8 @@ def training_args(config: FinetuneConfig, plan: dict):
     import torch
     from trl import SFTConfig
 
-    same = (
-        "output_dir",
-        "num_train_epochs",
-        "max_steps",
-        "per_device_train_batch_size",
-        "learning_rate",
-        "seed",
-    )
-    same += ("gradient_accumulation_steps", "warmup_steps", "save_strategy", "torch_compile", "optim")
+    same = ("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate")
+    same += ("gradient_accumulation_steps", "warmup_steps", "save_strategy", "torch_compile", "optim", "seed")
     options = {name: getattr(config, name) for name in same}
     options |= {"report_to": config.trace, "run_name": Path(config.output_dir).name, "disable_tqdm": True}
     options |= {"logging_steps": max(min(config.logging_steps, plan["steps"] // 3), 1)}
@@ -940,10 +911,8 @@ def training_args(config: FinetuneConfig, plan: dict):
     # examples are cut and labelled already
     options |= {"padding_free": True, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
     # weights and adapter are in the compute type; only float16 needs a scaler, and DeepSpeed to be told
-    options |= {
-        "bf16": config.dtype == "bfloat16" and bool(config.deepspeed),
-        "fp16": config.dtype == "float16",
-    }
+    options |= {"bf16": bool(config.deepspeed) and config.dtype == "bfloat16"}
+    options |= {"fp16": config.dtype == "float16"}
     options |= {"deepspeed": config.deepspeed or None, "ddp_find_unused_parameters": False}
     evaluate, per_epoch = config.eval_strategy if plan["eval_set"] else "no", plan["per_epoch"]
     eval_steps = min(config.eval_steps, per_epoch)
@@ -1075,10 +1044,8 @@ def progress_callback(record: dict, examples: list[dict], shown: list[dict], tok
             batches = [batch["input_ids"].cpu().numpy().astype("int32") for batch in self.trainer.batches]
             ids = b"".join(batch.tobytes() for batch in batches)
             rows = [example["where"] for example in examples if example["input_ids"].tobytes() in ids]
-            raise ValueError(
-                f"loss or gradient of step {state.global_step + 1} is not finite; no step is taken. Look at "
-                f"{', '.join(rows[:16])}; earlier checkpoints are whole: lower --learning_rate or mend rows"
-            )
+            what = f"loss or gradient of step {state.global_step + 1} is not finite; the step is not taken"
+            raise ValueError(f"{what}: look at {', '.join(rows[:16])}, or lower --learning_rate and --resume")
 
         def on_step_end(self, args, state, control, **_):
             if PROCESSES > 1:  # the signal may reach them in different steps: they must save the same one
@@ -1271,11 +1238,9 @@ if __name__ == "__main__":
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-    ) as error:  # a person's mistake or a file's; a bug keeps its traceback
+    except (OSError, EOFError) as error:  # a file's or the network's fault, in the library's words
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except ValueError as error:  # a person's; a bug keeps its traceback
         sys.exit(f"error: {error}")
     except (RuntimeError, MemoryError) as error:
         if not re.search("out of memory|can't allocate memory|^$", str(error)):

@@ -293,8 +293,9 @@ def check_folders(config: FinetuneConfig) -> None:
     if any(output.glob("checkpoint-*")) and not (config.resume or config.overwrite or config.dry_run):
         raise ValueError(f"{output} holds an earlier run: pass --resume, --overwrite or another --output_dir")
     for name, kind in ((config.model_dir, "adapter"), (config.tokenizer_dir, "tokenizer")):
-        if Path(name).exists() and not Path(name, f"{kind}_config.json").is_file():
-            raise ValueError(f"{name} would be replaced, and holds no earlier result; name another folder")
+        mine = not Path(name).exists() or Path(name, f"{kind}_config.json").is_file()
+        if not mine or output.resolve().is_relative_to(Path(name).resolve()):
+            raise ValueError(f"{name} is replaced whole, and holds other files or --output_dir; name another")
 
 
 # ----------------------------------------------------------------- the tokenizer and its chat template
@@ -802,7 +803,9 @@ def decide_targets(config: FinetuneConfig, skeleton) -> list[str] | str:
     if set(wanted) <= there:
         return wanted
     if wanted not in (list(QWEN_LAYERS), ["all-linear"]):
-        raise ValueError(f"--lora_target_modules {wanted}: this model has {', '.join(sorted(there))}")
+        raise ValueError(
+            f"--lora_target_modules {' '.join(wanted)}: this model has {', '.join(sorted(there))}"
+        )
     say(f"the adapter goes on all linear layers: {', '.join(sorted(there))}")
     return "all-linear"
 
@@ -880,7 +883,7 @@ def compare_runs(file: Path, now: dict) -> None:
     pairs += [(name, before[name], now[name]) for name in ("chat_template", "processes")]
     pairs += [("data (SHA-256)", before["dataset"]["sha256"], now["dataset"]["sha256"])]
     for name, earlier, value in pairs:
-        if name in ("num_train_epochs", "max_steps") and value > earlier:
+        if name in ("num_train_epochs", "max_steps") and value > earlier > 0:
             say(f"{name} was {earlier}, is {value}: the learning rate falls along the new number of steps")
         elif name not in MAY_CHANGE and value != earlier:
             other.append(f"{name} was {earlier!r}, is {value!r}")

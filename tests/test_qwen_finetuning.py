@@ -411,7 +411,7 @@ def test_what_can_not_work_is_said_before_training(tmp_path, tiny_qwen2, tiny_gp
     small = build_model("qwen2", tmp_path / "small", vocab_size=300)
     with pytest.raises(ValueError, match="the tokenizer gives token .* embedding has 300 rows"):
         train(monkeypatch, tmp_path, small, "--max_seq_length", "512")
-    with pytest.raises(ValueError, match="its tokenizer has no chat template; pass --template_path"):
+    with pytest.raises(ValueError, match="its tokenizer has no chat template; --template_path"):
         train(monkeypatch, tmp_path, tiny_gpt2)
     with pytest.raises(ValueError, match="--deepspeed needs CUDA"):
         train(
@@ -429,10 +429,10 @@ def test_what_can_not_work_is_said_before_training(tmp_path, tiny_qwen2, tiny_gp
         train(monkeypatch, tmp_path, tiny_qwen2, "--dataset_path", "no.jsonl")
     (tmp_path / "Qwen_finetuning_model").mkdir()
     (tmp_path / "Qwen_finetuning_model/mine.txt").touch()
-    with pytest.raises(
-        ValueError, match="Qwen_finetuning_model would be replaced, and holds no earlier result"
-    ):
+    with pytest.raises(ValueError, match="Qwen_finetuning_model is replaced whole, and holds other files"):
         train(monkeypatch, tmp_path, tiny_qwen2)
+    with pytest.raises(ValueError, match="new is replaced whole, and holds other files or --output_dir"):
+        train(monkeypatch, tmp_path, tiny_qwen2, "--model_dir", "new", "--output_dir", "new/outputs")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 10**8}))
     with pytest.raises(
         ValueError, match="needs about .* GB free. Take a smaller --per_device_train_batch_size"

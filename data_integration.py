@@ -28,7 +28,8 @@ TOTAL_SAMPLES = 2000
 RATIOS = {"reports": 0.2, "orca": 0.5, "pubmed": 0.3}
 MY_REPORT_DATA_PATH = "my_dataset.json"
 OUTPUT_FILE = "mixed_finetune_dataset.jsonl"
-FORMATS = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction", "qa": "input"}
+FORMATS = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction"}
+FORMATS |= {"qa": "input", "completion": "prompt"}
 ASKING = ("system", "developer", "user", "human", "tool", "observation", "function")  # roles with no answer
 
 
@@ -76,9 +77,10 @@ def parser_of(config_class: type) -> argparse.ArgumentParser:
 def main(config: Config) -> None:
     paths = {"reports": config.my_report_data_path, "orca": config.orca_data_path}
     paths |= {"pubmed": config.pubmed_data_path, "input": config.input}
-    shares = [text.partition("=") for text in (["input=1"] if config.input else config.ratios)]
-    ratios = {name: float(share) for name, _, share in shares if float(share)}
-    if not ratios.keys() <= paths.keys() or round(sum(ratios.values()), 6) != 1 or min(ratios.values()) < 0:
+    known, shares = (["input"], ["input=1"]) if config.input else (list(RATIOS), config.ratios)
+    ratios = {name: float(share) for name, _, share in (text.partition("=") for text in shares)}
+    ratios = {name: share for name, share in ratios.items() if share}
+    if set(ratios) - set(known) or round(sum(ratios.values()), 6) != 1 or min(ratios.values()) < 0:
         raise ValueError(f"--ratios {ratios}: the names are {', '.join(RATIOS)}, the shares add up to 1")
     rng, pools, seen, rejects, mix = random.Random(config.seed), {}, {}, [], []
     table = {"source": ["asked", "found", "rejected", "duplicate", "written"]}
@@ -96,9 +98,11 @@ def main(config: Config) -> None:
     rng.shuffle(mix)
     default = f"data/processed/{Path(config.input).resolve().name.partition('.')[0]}.jsonl"
     output = config.output or (default if config.input else config.output_file)
+    if any(Path(output).resolve().is_relative_to(Path(paths[name]).resolve()) for name in ratios):
+        raise ValueError(f"{output} is, or lies in, what is read; name another place for it")
     write_lines(f"{output}.rejected.jsonl", [json.dumps(reject).encode() + b"\n" for reject in rejects])
-    if not mix or Path(output).resolve() in [Path(path).resolve() for path in paths.values()]:
-        raise ValueError(f"{output} is a source, or no row is good: see {output}.rejected.jsonl")
+    if not mix:
+        raise ValueError(f"no row is good; see {output}.rejected.jsonl")
     write_lines(output, mix)
     for name, row in table.items():
         print(f"{name:10}" + "".join(f"{cell:>11}" for cell in row))
@@ -161,9 +165,9 @@ def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
                     raise ValueError(f"{source}: {rows}")
             else:
                 file.seek(0)
-                yield from (
-                    (f"{source}:{n}", from_json(line)) for n, line in enumerate(file, 1) if line.strip()
-                )
+                for n, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{source}:{n}", from_json(line)
                 return
     elif name.endswith(".csv"):
         csv.field_size_limit(2**31 - 1)
@@ -210,7 +214,7 @@ def converted(row: dict | str, name: str, config: Config) -> dict:
     keys = set(FORMATS.values()) if config.format == "auto" else {FORMATS.get(config.format, config.format)}
     if not any(row.get(key) for key in keys) and name in ("reports", "input"):
         raise ValueError(f"no {' or '.join(sorted(keys))} in it; its keys are {list(row)}")
-    answer = row.get("output") or row.get("response")
+    answer = row.get("output") or row.get("response") or row.get("completion")
     turns = row.get("messages") or row.get("conversations") or [{"content": answer}]
     turns = from_json(turns) if isinstance(turns, str) else turns  # in a table it is text
     if name == "orca" and config.system == "drop":

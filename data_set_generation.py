@@ -246,9 +246,9 @@ def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
                     raise ValueError(f"{source}: {rows}")
             else:
                 file.seek(0)
-                yield from (
-                    (f"{source}:{n}", from_json(line)) for n, line in enumerate(file, 1) if line.strip()
-                )
+                for n, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{source}:{n}", from_json(line)
                 return
     elif name.endswith(".csv"):
         csv.field_size_limit(2**31 - 1)
@@ -317,7 +317,7 @@ def converted_row(name: str, row: dict | str, find, config: Config) -> tuple[lis
         row = row | {"conversations": [turn for turn in chat if turn["from"] != "system"]}
     said = [turn for turn in chat if str(turn.get("role") or turn.get("from")).lower() not in ASKING]
     said = [turn.get("content") or turn.get("value") or turn.get("tool_calls") for turn in said]
-    said = said if chat else [row.get("output") or row.get("response")]
+    said = said if chat else [row.get("output") or row.get("response") or row.get("completion")]
     if fits and not (said and all(str(text or "").strip() for text in said)):
         raise ValueError("it has no answer, or an empty one")
     return fits, row

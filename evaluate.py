@@ -28,28 +28,29 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import partial
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
 from typing import get_type_hints
 
+from jinja2 import Environment, TemplateError
+from tqdm import tqdm
+
 # Runs of Chinese; and what else stands without spaces: kana, Thai, Lao, Tibetan, Burmese, Khmer, emoji.
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 ALONE = re.compile("[\u3040-\u30ff\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\U0001f000-\U0001faff]")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-REPORT = """<!DOCTYPE html>
-<html><head><meta charset="utf-8"><title>{{ title }}</title>
+SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool", "user": "user"}
+SPEAKERS |= {"assistant": "assistant", "system": "system", "tool": "tool"}
+KEPT = ("tool_calls", "reasoning_content", "name", "tool_call_id", "weight")  # of a turn, as in training
+NOT_JUDGED = {"history", "train", "loss", "function_call", "reasoning", "image", "images", "audio", "video"}
+REPORT = """<!DOCTYPE html><meta charset="utf-8"><title>{{ title }}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>
-body { font-family: sans-serif; margin: 2em }
-table { border-collapse: collapse }
-td { border: 1px solid #ccc; padding: 0.3em 0.6em; vertical-align: top; white-space: pre-wrap }
-</style></head><body><h1>{{ title }}</h1>
-{% for heading, rows in tables.items() %}<h2>{{ heading }}</h2><table>{% for row in rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
-</table>{% endfor %}</body></html>
-"""
+<style>td { border: 1px solid #ccc; padding: 0.4em; vertical-align: top; white-space: pre-wrap }</style>
+<h1>{{ title }}</h1>
+{% for heading, rows in tables.items() %}<h2>{{ heading }}</h2><table>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>{% endfor %}"""
 
 
 # Same in: all nine scripts
@@ -98,29 +99,24 @@ def parser_of(config_class: type) -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
-    """Settings from the command line."""
     return Config(**vars(parser_of(Config).parse_args(argv)))
 
 
 def main(config: Config) -> None:
     if config.compare_base and not Path(config.model, "adapter_config.json").is_file():
         raise ValueError(f"--compare_base switches an adapter off; {config.model} is none")
-    for name in ["jieba", "rouge_score"] * config.rouge + ["sacrebleu"] * config.bleu:
-        try:
-            import_module(name)  # now, not after hours of answers
-        except ImportError:
-            raise ValueError(f"--rouge or --bleu needs what is not here: pip install {name}") from None
+    needed = ["jieba", "rouge_score"] * config.rouge + ["sacrebleu"] * config.bleu
+    if missing := [name for name in needed if not find_spec(name)]:
+        raise ValueError(f"--rouge or --bleu needs what is not here: pip install {' '.join(missing)}")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     file = config.output_dir / "predictions.unfinished.jsonl"
     done = earlier_answers(file, config.resume)
-    rows, about = rows_to_judge(config)
+    rows, source = rows_to_judge(config)
     library = library_metrics(config.metrics)
     model, tokenizer = load_model(config.model)
     ends = model.generation_config.eos_token_id
-    convert = partial(
-        with_ids, tokenizer, {*(ends if isinstance(ends, list) else [ends])}, config.max_seq_length
-    )
-    rows = [row for _, row in usable([(row["where"], row) for row in rows], convert, config.skip_bad_rows)]
+    ends = ends if isinstance(ends, list) else [ends]
+    rows = usable(rows, partial(with_ids, tokenizer, ends, config.max_seq_length), config.skip_bad_rows)
     sides, predictions = {}, [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
     for side, prefix in (("model", ""), ("base", "base_"))[: 1 + config.compare_base]:
         if side == "base":
@@ -131,143 +127,141 @@ def main(config: Config) -> None:
         sides[side] = {"eval_loss": loss, "perplexity": math.exp(min(loss, 700))} | values
         for row, (text, stopped), score in zip(predictions, answers, scores, strict=True):
             row |= {f"{prefix}prediction": text, f"{prefix}stopped": stopped, f"{prefix}score": score}
-    write_results(config, about, sides, rows, predictions)
+    write_results(config, source, sides, rows, predictions)
     file.unlink()
 
 
-# ------------------------------------------------------------------------------------------- the rows
+def earlier_answers(file: Path, resume: bool) -> dict[str, list[str]]:
+    """The answers that an evaluation left when it was killed, by what was asked (`answer_all`)."""
+    if not file.is_file():
+        return {}
+    if not resume:
+        raise ValueError(f"{file} is of an evaluation that was killed: pass --resume, or delete it")
+    lines = file.read_bytes().split(b"\n")[:-1]  # the last may be cut
+    file.write_bytes(b"".join(line + b"\n" for line in lines))
+    try:
+        return {asked: [text, stopped] for asked, text, stopped in map(json.loads, lines)}
+    except (ValueError, TypeError):
+        raise ValueError(f"{file} is broken; delete it to start anew") from None
 
 
 def rows_to_judge(config: Config) -> tuple[list[dict], dict]:
-    """(rows, source): each row has `where`, `messages`, `tools` and, where training stored them, `examples`.
-
-    Raises ValueError where there is none. Rows that the model was trained on are left out and counted.
-    """
-    run, stored = run_of(config.model)
+    """(rows of `read_rows`, facts about their file): those that training stored, or others that it left."""
+    run, file = {"dataset": {"path": ""}, "settings": {}}, Path(config.model, "finetune_config.json")
+    try:
+        run |= json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is broken: {error}") from None
     source = config.dataset_path or run["dataset"]["path"]
     if not source:
         raise ValueError(f"{config.model} names no rows to judge by; pass --model or --dataset_path")
-    own = Path(source).resolve() == Path(run["dataset"]["path"]).resolve()
-    if own and run["settings"].get("eval_ratio") == 0:
-        raise ValueError(f"{config.model}: its training held no rows out; pass --dataset_path with others")
-    if own and stored:
-        note(f"{len(stored)} rows as training stored them; --eval_ratio and --seed choose none of them")
-        return stored[: config.limit], {"path": run["held_out"]}
+    if Path(source).resolve() == Path(run["dataset"]["path"]).resolve():
+        if run["settings"].get("eval_ratio") == 0:
+            raise ValueError(f"{config.model}: its training held no rows out; pass another --dataset_path")
+        if Path(run["held_out"]).is_file():
+            rows = list(read_rows(run["held_out"], config.skip_bad_rows).values())
+            note(f"{len(rows)} rows as training stored them; --eval_ratio and --seed choose none of them")
+            return rows[: config.limit], {"path": run["held_out"]}
+    return fresh_rows(source, Path(run.get("trained_on", "")), config)
+
+
+def fresh_rows(source: str, trained_on: Path, config: Config) -> tuple[list[dict], dict]:
+    """A share of the rows that training did not use, by the digests in `trained_on`, and facts about them."""
     from datasets import Dataset
 
-    rows, used = read_rows(source, config.skip_bad_rows), set() if own else trained_on(run)
+    rows, used = read_rows(source, config.skip_bad_rows), set()
+    if trained_on.is_file():
+        used = set(trained_on.read_text(encoding="utf-8").split())
+    else:
+        note("rows that the model was trained on can not be told from others: no list of them is there")
     fresh = [text for text in rows if hashlib.sha256(text.encode()).hexdigest()[:16] not in used]
+    known = len(rows) - len(fresh)
     if config.eval_ratio != 1 and fresh:
         split = Dataset.from_dict({"text": fresh}).train_test_split(config.eval_ratio, seed=config.seed)
         fresh = list(split["test"]["text"])
-    known = sum(hashlib.sha256(text.encode()).hexdigest()[:16] in used for text in rows)
     note(f"{len(fresh)} of {len(rows)} rows of {source}; {known} that training used are left out")
     if not fresh:
         raise ValueError(f"{source}: no row is left to judge by")
-    pairs = [(rows[text], json.loads(text)) for text in fresh[: config.limit]]
-    rows_out = [{"where": where, "messages": talk, "tools": tools} for where, (talk, tools) in pairs]
-    return rows_out, {"path": source, "rows": len(rows), "trained_on": known}
-
-
-def run_of(model: str) -> tuple[dict, list[dict]]:
-    """(finetune_config.json of an adapter or merged model, the rows that its training held out)."""
-    record, stored = Path(model, "finetune_config.json"), {}
-    run = {"dataset": {"path": ""}, "held_out": "", "settings": {}}
-    try:
-        run |= json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-        held_out = Path(run["held_out"])
-        for line in held_out.read_text(encoding="utf-8").splitlines() if held_out.is_file() else []:
-            example = json.loads(line)  # examples of one conversation follow one another
-            row = {"where": str(held_out), "messages": example["messages"], "tools": example["tools"]}
-            row = stored.setdefault(json.dumps([row["messages"], row["tools"]]), row | {"examples": []})
-            row["examples"].append(example)
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{record} or the held-out rows that it names are broken: {error!r}") from None
-    return run, list(stored.values())
+    facts = {"path": source, "rows": len(rows), "trained_on": known}
+    return [rows[text] for text in fresh[: config.limit]], facts
 
 
 def note(text: str) -> None:
-    """A line of progress."""
     print(text, file=sys.stderr)
 
 
-def trained_on(run: dict) -> set[str]:
-    """Digests of the rows that training used; none, and a line about it, where it left no list."""
-    file = Path(run.get("trained_on") or "there is no list")
-    if not file.is_file():
-        note("rows that the model was trained on can not be told from others: no list of them is there")
-        return set()
-    return set(file.read_text(encoding="utf-8").split())
-
-
-def read_rows(path: str, skip: bool) -> dict[str, str]:
-    """Messages and tools as JSON text of each row of a .jsonl or .json file, once, with where it stands."""
+def read_rows(path: str, skip: bool) -> dict[str, dict]:
+    """Rows of a file by their messages and tools as JSON text, of which training keeps digests."""
     if not path.endswith((".jsonl", ".json")):
         raise ValueError(f"{path}: what is judged by must be a .jsonl or .json file")
-    text = Path(path).read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        records = [(f"{path}:{n}", json.dumps(record)) for n, record in enumerate(json.loads(text), 1)]
-    else:
-        records = [(f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        lines = map(json.dumps, json.loads(text)) if text.lstrip().startswith("[") else text.split("\n")
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}") from None
+    lines = [{"where": f"{path}:{n}", "text": line} for n, line in enumerate(lines, 1) if line.strip()]
     rows = {}
-    for where, row in usable(records, conversation_of, skip):
-        rows.setdefault(json.dumps(row, ensure_ascii=False), where)
+    for row in usable(lines, row_of, skip):
+        text = json.dumps([row["messages"], row["tools"]], ensure_ascii=False)
+        rows.setdefault(text, row | {"examples": []})["examples"] += row["examples"]
     return rows
 
 
-def usable(rows: list[tuple], convert, skip: bool) -> list[tuple]:
-    """(where, converted row) of each row. Raises ValueError naming ten bad ones, unless `skip`."""
+def usable(rows: list[dict], convert, skip: bool) -> list[dict]:
+    """Each row with what `convert` finds in it. Raises ValueError naming ten bad ones, unless `skip`."""
     good, bad = [], []
-    for where, row in rows:
+    for row in rows:
         try:
-            good.append((where, convert(row)))
-        except ValueError as error:
-            bad.append(f"\n  {where}: {error}")
-    if (bad and not skip) or not good:
-        wrong = f"{len(bad)} of {len(rows)} rows can not be used"
+            good.append(row | convert(row))
+        except (ValueError, LookupError, TypeError, AttributeError, TemplateError) as error:
+            bad.append(f"\n  {row['where']}: {error}")
+    wrong = f"{len(bad)} of {len(rows)} rows can not be used"
+    if bad and not (skip and good):
         raise ValueError(f"{wrong}; mend them or pass --skip_bad_rows{''.join(bad[:10])}")
     if bad:
-        note(f"{len(bad)} rows that can not be used are left out")
+        note(f"{wrong}; they are left out")
     return good
 
 
-def conversation_of(line: str) -> tuple[list[dict], list[dict]]:
-    """(messages, tools) of a record with messages, conversations (ShareGPT), or instruction and output."""
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError("it is no JSON object")
-    turns = record.get("messages") or [
-        {"role": SHAREGPT_ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
-        for turn in record.get("conversations") or []
-    ]
-    if not turns:
-        parts = [record[key] for key in ("instruction", "input") if record.get(key)]
-        answer = record.get("output") or record.get("response")
-        turns = [{"role": "user", "content": "\n补充信息：".join(parts)}]
-        turns += [{"role": "assistant", "content": answer}]
-    if record.get("system") and turns[0]["role"] != "system":
+def row_of(line: dict) -> dict:
+    """A record's `messages` as training writes them, place of the `last_answer`, `tools`, `examples`."""
+    record = json.loads(line["text"])
+    question = "\n补充信息：".join(record[key] for key in ("instruction", "input") if record.get(key))
+    pair = {"user": question, "assistant": record.get("output") or record.get("response")}
+    turns = [{"role": role, "content": text} for role, text in pair.items()]
+    turns = record.get("messages") or record.get("conversations") or turns
+    if record.get("system") and turns[0].get("role") != "system":
         turns = [{"role": "system", "content": record["system"]}, *turns]
-    said = [turn.get("content") or turn.get("tool_calls") for turn in turns]
-    if not all(said) or "assistant" not in [turn["role"] for turn in turns]:
+    if unread := NOT_JUDGED & set(record).union(*turns):
+        raise ValueError(f"{', '.join(sorted(unread))}: this is not read here")
+    messages = []
+    for turn in turns:
+        message = {"role": SPEAKERS.get(turn.get("role") or turn.get("from"))}
+        message["content"] = turn.get("content") or turn.get("value") or ""
+        messages.append(message | {key: turn[key] for key in KEPT if turn.get(key) not in (None, [], 1)})
+    said = [turn["role"] and (turn["content"] or turn.get("tool_calls")) for turn in messages]
+    answers = [
+        n for n, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight") != 0
+    ]
+    if not all(said) or not answers:
         raise ValueError("expected messages with an assistant's answer, or instruction, input and output")
-    return turns, record.get("tools") or []
+    stored = [{key: record[key] for key in ("input_ids", "labels")}] if "input_ids" in record else []
+    tools = record.get("tools") or []
+    return {"messages": messages, "last_answer": answers[-1], "tools": tools, "examples": stored}
 
 
 def library_metrics(names: tuple[str, ...]) -> dict:
     """Metrics of the library `evaluate` by name. This file has its name too, and would be found first."""
-    path, here = sys.path[:], Path(__file__).resolve().parent
-    sys.path[:] = [place for place in path if Path(place).resolve() != here]
+    if not names:
+        return {}
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != here]
     try:
         import evaluate
 
         return {Path(name).stem: evaluate.load(name) for name in names}
     except ImportError as error:
         raise ValueError(f"--metrics: {error}") from None
-    finally:
-        sys.path[:] = path
-
-
-# ------------------------------------------------------------------------------------------- the model
 
 
 # Same in: chat.py, evaluate.py, inference.py
@@ -304,63 +298,30 @@ def load_model(name: str):
     return model, transformers.AutoTokenizer.from_pretrained(words)
 
 
-def with_ids(tokenizer, stop_ids: set[int], limit: int, row: dict) -> dict:
-    """A row's `examples`, whether one is `cut`, and its last answer's `prompt`, `prompt_ids`, `reference`.
-
-    Rows that training stored are taken as they are; of others the last answer is judged, cut at `limit`.
-    """
-    from jinja2 import TemplateError
-
-    turns, examples = list(row["messages"]), row.get("examples")
-    while turns[-1]["role"] != "assistant" or turns[-1].get("weight") == 0:
-        turns.pop()
-    *turns, last = turns
-    if examples:
-        ids, labels = examples[-1]["input_ids"], examples[-1]["labels"]
-        end = max(i for i, label in enumerate(labels) if label != -100)
-        prompt_ids = ids[: max(i for i, label in enumerate(labels[:end]) if label == -100) + 1]
-    else:
-        options = {"tools": row["tools"] or None, "sanitize_control_tokens": True, "return_dict": False}
-        chat = partial(tokenizer.apply_chat_template, **options)
-        try:
-            prompt_ids, ids = chat(turns, add_generation_prompt=True), chat([*turns, last])
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses it: {error}") from None
-        start = len(os.path.commonprefix([prompt_ids, ids]))
-        end = next((i for i in range(start, len(ids)) if ids[i] in stop_ids), len(ids) - 1) + 1
-        labels = [-100] * start + ids[start:end] + [-100] * (len(ids) - end)
-        examples = [{"input_ids": ids[:limit], "labels": labels[:limit]}]
+def with_ids(tokenizer, ends: list[int], limit: int, row: dict) -> dict:
+    """A row's `prompt`, `prompt_ids`, `reference`, `examples` (if none is stored: the last answer, cut at
+    `limit`), and whether one is `cut`."""
+    *turns, last = row["messages"][: row["last_answer"] + 1]
+    options = {"tools": row["tools"] or None, "sanitize_control_tokens": True, "return_dict": False}
+    prompt_ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
+    ids = tokenizer.apply_chat_template([*turns, last], **options)
+    start = len(os.path.commonprefix([prompt_ids, ids]))
+    end = next((i for i in range(start, len(ids)) if ids[i] in ends), len(ids) - 1) + 1
+    labels = [-100] * start + ids[start:end] + [-100] * (len(ids) - end)
+    examples = row["examples"] or [{"input_ids": ids[:limit], "labels": labels[:limit]}]
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in last.get("tool_calls", ())]
-    prompt = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns if turn["role"] != "system")
-    return {
-        "examples": examples,
-        # a whole example ends with the end of a turn, and white space perhaps
-        "cut": any(stop_ids.isdisjoint(example["input_ids"][-2:]) for example in examples),
-        "prompt": prompt.removeprefix("user: ") if len(turns) < 3 else prompt,
-        "prompt_ids": prompt_ids,
-        "reference": answer_of(last.get("content") or "") or "\n".join(calls),
-    }
-
-
-def earlier_answers(file: Path, resume: bool) -> dict[str, list[str]]:
-    """The answers that an evaluation left when it was killed, by what was asked (`answer_all`)."""
-    if not file.is_file():
-        return {}
-    if not resume:
-        raise ValueError(f"{file} is of an evaluation that was killed: pass --resume, or delete it")
-    try:
-        lines = file.read_bytes().split(b"\n")[:-1]  # the last may be cut
-        done = {asked: [text, stopped] for asked, text, stopped in map(json.loads, lines)}
-    except (ValueError, TypeError):
-        raise ValueError(f"{file} is broken; delete it to start anew") from None
-    file.write_bytes(b"".join(line + b"\n" for line in lines))
-    return done
+    talk = [f"{turn['role']}: {turn['content']}" for turn in turns if turn["role"] != "system"]
+    prompt = "\n".join(talk) if len(talk) > 1 else turns[-1]["content"]
+    reference = answer_of(last["content"]) or "\n".join(calls)
+    # a whole example ends with the end of a turn, and white space perhaps
+    cut = any(set(ends).isdisjoint(example["input_ids"][-2:]) for example in examples)
+    answer = {"prompt": prompt, "prompt_ids": prompt_ids, "reference": reference}
+    return answer | {"examples": examples, "cut": cut}
 
 
 def mean_loss(model, examples: list[dict]) -> float:
     """Sum of -log p over all supervised tokens / their number, in nats."""
     import torch
-    from tqdm import tqdm
 
     total, count = 0.0, 0
     for example in tqdm(examples, desc="loss", disable=None, leave=False):
@@ -373,18 +334,15 @@ def mean_loss(model, examples: list[dict]) -> float:
     return total / count if count else math.nan
 
 
-def answer_all(model, tokenizer, prompts, side: str, done: dict, file: Path, config: Config) -> list[tuple]:
+def answer_all(model, tokenizer, prompts, side: str, done: dict, file: Path, config: Config) -> list[list]:
     """[text, why it stopped] for each prompt (token ids); what is not `done` is answered and kept in `file`.
 
-    Prompts of like length share a batch, the longest first. One that leaves less room in the model's
-    positions than an answer may take is answered alone, so that no answer depends on --batch_size.
+    A prompt that leaves less room in the model's positions than an answer may take is answered alone, so that
+    no answer depends on --batch_size.
     """
-    from tqdm import tqdm
-
     # an answer's key is all that it depends on: what was answered under other settings does not count
     weights = [path.stat().st_mtime_ns for path in sorted(Path(config.model).glob("*.safetensors"))]
-    texts = [json.dumps([side, config.model, weights, config.max_new_tokens, ids]) for ids in prompts]
-    keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    keys = [json.dumps([side, config.model, weights, config.max_new_tokens, ids]) for ids in prompts]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     room = [min(config.max_new_tokens, positions - len(ids)) for ids in prompts]
     order = [i for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) if keys[i] not in done]
@@ -424,9 +382,6 @@ def generate(model, prompts: list[list[int]], room: int) -> list[tuple[list[int]
     return [(new[:stop], why) for new, stop, why in zip(output, stops, whys, strict=True)]
 
 
-# ------------------------------------------------------------------------------------------- the scores
-
-
 def judge(answers, rows: list[dict], tokenizer, config: Config, library: dict) -> tuple[dict, list[float]]:
     """Metrics of the answers, and a score of each: ROUGE-L with --rouge, else the share of common words."""
     texts, references = [answer_of(text) for text, _ in answers], [row["reference"] for row in rows]
@@ -458,10 +413,7 @@ def answer_of(text: str) -> str:
 
 
 def words(text: str, cut=list) -> list[str]:
-    """The words of a text in small letters; `cut` divides runs of Chinese, by default into characters.
-
-    Of English these are the words of rouge_score. A text without any (such as "?!") goes by its characters.
-    """
+    """The words of a text in small letters, of "?!" its characters; `cut` divides runs of Chinese."""
     spaced = HAN.sub(lambda run: f" {' '.join(cut(run[0]))} ", unicodedata.normalize("NFC", text.lower()))
     spaced = ALONE.sub(r" \g<0> ", spaced)
     kept = "".join(c if unicodedata.category(c)[0] in "LMN" or ALONE.match(c) else " " for c in spaced)
@@ -485,19 +437,16 @@ def rouge(texts: list[str], references: list[str]) -> tuple[dict, list[float]]:
     import jieba
     import numpy
     from rouge_score.rouge_scorer import RougeScorer
-    from rouge_score.scoring import BootstrapAggregator
 
     jieba.setLogLevel("WARNING")
     tokenizer = SimpleNamespace(tokenize=partial(words, cut=jieba.lcut))
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=tokenizer)
-    scores, aggregator, values = list(map(scorer.score, references, texts)), BootstrapAggregator(), {}
-    numpy.random.seed(0)  # the aggregator draws from numpy's global generator
-    for score in scores:
-        aggregator.add_scores(score)
-    for kind, bounds in aggregator.aggregate().items():
-        values[kind] = fmean(score[kind].fmeasure for score in scores)
-        values[f"{kind}_interval"] = [bounds.low.fmeasure, bounds.high.fmeasure]
-    return values, [score["rougeL"].fmeasure for score in scores]
+    scores, values, chance = list(map(scorer.score, references, texts)), {}, numpy.random.RandomState(0)
+    for kind in scorer.rouge_types:
+        found = numpy.array([score[kind].fmeasure for score in scores])
+        means = found[chance.randint(len(found), size=(1000, len(found)))].mean(axis=1)
+        values |= {kind: found.mean(), f"{kind}_interval": numpy.percentile(means, [2.5, 97.5]).tolist()}
+    return values, found.tolist()  # ROUGE-L came last
 
 
 def bleu(texts: list[str], references: list[str]) -> dict:
@@ -511,16 +460,11 @@ def bleu(texts: list[str], references: list[str]) -> dict:
     return {"bleu": score.score, "bleu_interval": interval, "bleu_signature": str(metric.get_signature())}
 
 
-# ------------------------------------------------------------------------------------------- the results
-
-
-def write_results(config: Config, about: dict, sides: dict, rows: list, predictions: list[dict]) -> None:
+def write_results(config: Config, source: dict, sides: dict, rows: list, predictions: list[dict]) -> None:
     """Write metrics.json, predictions.jsonl and report.html; print the scores."""
-    from jinja2 import Environment
-
     sizes = sorted(len(example["input_ids"]) for row in rows for example in row["examples"])
     p95, wide = sizes[math.ceil(0.95 * len(sizes)) - 1], sizes[-1] // 30 + 1  # for a picture of 30 bars
-    facts = {"model": config.model, "dataset": about | {"evaluated": len(rows)}}
+    facts = {"model": config.model, "dataset": source | {"evaluated": len(rows)}}
     facts["length"] = {"min": sizes[0], "median": median(sizes), "p95": p95, "max": sizes[-1]}
     facts |= {"truncation_rate": fmean(row["cut"] for row in rows)} | sides.pop("model") | sides
     text = json.dumps(facts, default=lambda number: number.tolist())  # a metric may give numpy's numbers
@@ -528,21 +472,18 @@ def write_results(config: Config, about: dict, sides: dict, rows: list, predicti
     names = [name for name in facts if name not in ("model", "dataset", "base", "bleu_signature")]
     scores = [["", "model", *sides]]
     scores += [[name, facts[name], *(side.get(name, "") for side in sides.values())] for name in names]
+    counts = sorted(Counter(size // wide * wide for size in sizes).items())
+    bars = [[f"from {size}", "█" * math.ceil(40 * count / len(sizes)), count] for size, count in counts]
     columns = ["score", "prompt", "reference", "prediction"] + ["base_prediction"] * config.compare_base
-    answers = sorted(predictions, key=lambda row: row["score"])
-    bars = sorted(Counter(size // wide * wide for size in sizes).items())
-    bars = [[f"from {start}", "█" * math.ceil(40 * n / len(sizes)), n] for start, n in bars]
-    tables = {
-        "Scores": scores,
-        "Length of the samples in tokens": bars,
-        "Answers, lowest score first": [columns] + [[row[name] for name in columns] for row in answers],
-    }
-    title = f"Evaluation of {config.model}"
-    page = Environment(autoescape=True, finalize=shown).from_string(REPORT).render(title=title, tables=tables)
+    answers = sorted([row[name] for name in columns] for row in predictions)
+    tables = {"Scores": scores, "Lengths in tokens": bars, "Answers, lowest score first": [columns, *answers]}
+    page = Environment(autoescape=True, finalize=shown).from_string(REPORT)
+    page = page.render(title=f"Evaluation of {config.model}", tables=tables)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
-    write(config.output_dir / "report.html", page)
-    write(config.output_dir / "predictions.jsonl", lines)
-    write(config.output_dir / "metrics.json", json.dumps(facts, ensure_ascii=False, indent=2))
+    Path(config.output_dir, "report.html").write_text(page, encoding="utf-8")
+    Path(config.output_dir, "predictions.jsonl").write_text(lines, encoding="utf-8")
+    text = json.dumps(facts, ensure_ascii=False, indent=2)
+    Path(config.output_dir, "metrics.json").write_text(text, encoding="utf-8")
     for row in scores:
         print("".join(f"{shown(cell):<28}" for cell in row).rstrip())
     print(f"Perplexity: {shown(facts['perplexity'])}")
@@ -558,13 +499,6 @@ def shown(value: object) -> str:
         return f"[{', '.join(map(shown, value))}]"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 if __name__ == "__main__":

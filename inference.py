@@ -27,9 +27,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_type_hints
 
-INSTRUCTION = "用三句话解释什么是LoRA微调，以及它为什么节省显存。"
+from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------- settings
+INSTRUCTION = "用三句话解释什么是LoRA微调，以及它为什么节省显存。"
 
 
 # Same in: all nine scripts
@@ -71,9 +71,6 @@ def parser_of(config_class: type) -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> Config:
     return Config(**vars(parser_of(Config).parse_args(argv)))
-
-
-# --------------------------------------------------------------------------------------- the answers
 
 
 def main(config: Config) -> None:
@@ -130,16 +127,15 @@ def load_model(name: str):
 
 def prompt_of(record: dict, config: Config, tokenizer) -> list[int]:
     """Token ids of a question that waits for its answer; control tokens that a person typed stay text."""
-    question = record.get("instruction") or ""
-    question += f"\n补充信息：{record['input']}" if record.get("input") else ""
+    question = "\n补充信息：".join(record[key] for key in ("instruction", "input") if record.get(key))
     messages = record.get("messages") or [{"role": "user", "content": question}]
     while messages and messages[-1]["role"] == "assistant":  # a training record brings its answer along
         messages = messages[:-1]
     if not messages or not messages[-1].get("content"):
         raise ValueError("there is no question: expected instruction or messages")
     if config.system_prompt:
-        messages = [message for message in messages if message["role"] != "system"]
-        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+        others = [message for message in messages if message["role"] != "system"]
+        messages = [{"role": "system", "content": config.system_prompt}, *others]
     options, template = {"tools": record.get("tools") or None}, str(tokenizer.chat_template)
     if config.thinking != "auto":
         if "enable_thinking" not in template or "set enable_thinking" in template[:30]:
@@ -152,7 +148,7 @@ def prompt_of(record: dict, config: Config, tokenizer) -> list[int]:
 def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, **options) -> list[tuple]:
     """(text, number of tokens, how it ended) of the answer to each prompt."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    room = min(config.max_new_tokens, positions - max(len(prompt) for prompt in prompts))
+    room = min(config.max_new_tokens, positions - max(map(len, prompts)))
     if room < 1:
         raise ValueError(f"a question leaves no room for an answer: the model has {positions} positions")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -160,12 +156,11 @@ def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, **opt
     options |= {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
     output = model.generate(**batch, max_new_tokens=room, do_sample=config.temperature > 0, **options)
     stop, answers = model.generation_config.eos_token_id, []
-    stop = set(stop if isinstance(stop, list) else [stop])
+    stop = stop if isinstance(stop, list) else [stop]
     for ids in output[:, batch["input_ids"].shape[1] :].tolist():
-        ended = not stop.isdisjoint(ids)
-        tokens = next(n for n, token in enumerate(ids, 1) if token in stop) if ended else len(ids)
+        tokens = next((n for n, token in enumerate(ids, 1) if token in stop), None)
         text = tokenizer.decode(ids[:tokens], skip_special_tokens=True).strip()
-        answers.append((text, tokens, "ended by itself" if ended else "cut at the limit"))
+        answers.append((text, tokens or len(ids), "ended by itself" if tokens else "cut at the limit"))
     return answers
 
 
@@ -176,33 +171,29 @@ def printable(text: str) -> str:
 
 
 def answer_file(config: Config, model, tokenizer) -> None:
-    """Answer a file of questions, longest first, so that few are padded. What is done lies in OUTPUT.partial,
-    one answer a line, until all are: a killed run goes on from there."""
-    from tqdm import tqdm
-
-    with open(config.input_file, encoding="utf-8-sig") as file:
-        records = [json.loads(line) for line in file if line.strip()]
+    """Answer a file of questions, longest first. What is done lies in OUTPUT.partial until all are: a killed
+    run goes on from there."""
+    lines = Path(config.input_file).read_text(encoding="utf-8-sig").split("\n")
+    records = [json.loads(line) for line in lines if line.strip()]
     prompts = [prompt_of(record, config, tokenizer) for record in records]
+    keys, done = [str([n, prompt]) for n, prompt in enumerate(prompts)], {}
     partial = Path(config.output_file + ".partial")
-    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True) if partial.is_file() else []
-    done = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-    done = {n: row for n, prompt, row in done if n < len(prompts) and prompt == prompts[n]}
-    todo = sorted({*range(len(records))} - {*done}, key=lambda n: -len(prompts[n]))
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(
-            json.dumps([n, prompts[n], row], ensure_ascii=False) + "\n" for n, row in done.items()
-        )
+    if partial.is_file():
+        lines = partial.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may have cut the last one
+        done = dict(map(json.loads, lines))
+    todo = [n for n in sorted(range(len(keys)), key=lambda n: -len(prompts[n])) if keys[n] not in done]
+    with open(partial, "w", encoding="utf-8", buffering=1) as file:  # each line at once
+        file.writelines(json.dumps(pair) + "\n" for pair in done.items())
         for start in tqdm(range(0, len(todo), config.batch_size), desc="batches", disable=None):
             batch = todo[start : start + config.batch_size]
             answers = answers_to([prompts[n] for n in batch], config, model, tokenizer)
             for n, (text, _, ended) in zip(batch, answers, strict=True):
-                done[n] = records[n] | {"answer": text, "ended": ended}
-                file.write(json.dumps([n, prompts[n], done[n]], ensure_ascii=False) + "\n")
-            file.flush()
-    rows = [json.dumps(done[n], ensure_ascii=False) + "\n" for n in range(len(records))]
-    partial.write_text("".join(rows), encoding="utf-8")
+                done[keys[n]] = {"answer": text, "ended": ended}
+                file.write(json.dumps([keys[n], done[keys[n]]]) + "\n")
+    rows = [records[n] | done[key] for n, key in enumerate(keys)]
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     os.replace(partial, config.output_file)
-    print(f"{len(records)} answers: {config.output_file}", file=sys.stderr)
+    print(f"{len(rows)} answers: {config.output_file}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python qwen_finetuning.py --dataset_path my_dataset.json            # Qwen2.5-7B in 4 bits, on a GPU
 
 Reads   --dataset_path: .jsonl, .json, .csv, .parquet, a folder of them or a hub id; one record a row, such as
-            {"instruction": "解释LoRA", "input": "", "output": "一种低秩微调方法"}
+            {"instruction": "解释LoRA", "input": "一句话", "output": "一种低秩微调方法"}
             {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
         --config: the same settings as YAML (configs/finetune.yaml); what the command line says wins
 Writes  outputs/                    checkpoints, loss_curve.png, trainer_state.json, held_out.jsonl, and
@@ -14,9 +14,10 @@ Writes  outputs/                    checkpoints, loss_curve.png, trainer_state.j
                                     finetune_config.json, the run's record; also in outputs/checkpoint-final/
         Qwen_finetuning_tokenizer/  the tokenizer alone
 
-A record becomes messages (`messages_of`), the chat template makes them token ids, and `encode` labels what
-the assistant says and the token that ends its turn; nothing else carries loss. It trains adapters on a frozen
-base: no full fine-tuning (see hf_finetune_scaffold.py), no preference learning, no images.
+A record becomes messages (`messages_of`; `input` goes under `instruction`, behind 补充信息：), the chat
+template makes them token ids, and `encode` labels what the assistant says and the token that ends its turn;
+nothing else carries loss. It trains adapters on a frozen base: no full fine-tuning (see
+hf_finetune_scaffold.py), no preference learning, no images.
 """
 
 from __future__ import annotations
@@ -167,10 +168,26 @@ class FinetuneConfig:
                 raise ValueError(f"{f.name} is {getattr(self, f.name)!r}: take one of {', '.join(choices)}")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other: go on with a run, or replace it")
+        if self.demo and self.config and not self.config.endswith("demo.yaml"):
+            raise ValueError("--demo and --config exclude each other: the demo is configs/demo.yaml")
         if self.force_template and not self.template_path:
             raise ValueError("--force_template needs --template_path: which template?")
-        if self.early_stopping_patience and not (self.eval_ratio and self.load_best_model_at_end):
-            raise ValueError("--early_stopping_patience needs --eval_ratio and --load_best_model_at_end")
+        best = self.load_best_model_at_end and self.eval_ratio and self.eval_strategy != "no"
+        odd_steps = self.save_strategy == "steps" and self.save_steps % max(self.eval_steps, 1)
+        if best and (self.save_strategy != self.eval_strategy or odd_steps):
+            raise ValueError(
+                "--load_best_model_at_end saves what it evaluates: save as evaluate, at a multiple"
+            )
+        if self.early_stopping_patience and not best:
+            raise ValueError("--early_stopping_patience needs evaluations and --load_best_model_at_end")
+        if self.show_answers and self.deepspeed:
+            raise ValueError("--show_answers does not work with --deepspeed, which spreads the model")
+        if not 0 <= self.eval_ratio < 1:
+            raise ValueError(f"--eval_ratio is {self.eval_ratio}; it is a share, from 0 to below 1")
+        folders = [os.path.normpath(name) for name in (self.output_dir, self.model_dir, self.tokenizer_dir)]
+        self.output_dir, self.model_dir, self.tokenizer_dir = folders
+        if len(set(folders)) < 3:
+            raise ValueError("--output_dir, --model_dir and --tokenizer_dir must be three folders")
 
 
 # Same in: all nine scripts
@@ -222,12 +239,17 @@ def read_yaml(file: str) -> dict[str, object]:
         if name is None:
             near = difflib.get_close_matches(full, [*kinds, *ALIASES], n=1, cutoff=0)[0]
             raise ValueError(f"{where}: unknown setting {full!r}; the nearest known one is {near!r}")
-        text = [item.value for item in value.value] if isinstance(value.value, list) else value.value
-        if kinds[name] is bool and isinstance(text, str):
+        several, nested = isinstance(value, yaml.SequenceNode), isinstance(value, yaml.MappingNode)
+        text = [item.value for item in value.value] if several else value.value
+        if kinds[name] is bool and not several:
             words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-            text = words.get(text.lower())
-        if name in found or text is None or isinstance(text, list) != (kinds[name] is tuple):
-            raise ValueError(f"{where}: {name} is set twice, or to what it can not be")
+            text = words.get(str(text).lower())
+        if kinds[name] is tuple and not several:
+            text = [text]
+        if name in found:
+            raise ValueError(f"{where}: {name} is set twice")
+        if text is None or nested or isinstance(text, list) != (kinds[name] is tuple):
+            raise ValueError(f"{where}: {name} can not be that; see --help")
         found[name] = "" if value.tag.endswith(":null") else text
     return found
 
@@ -370,7 +392,7 @@ def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
     """Read, check, split and encode the rows; each ends in exactly one line of the ledger.
 
     Returns `train` and `eval`, lists of examples (`input_ids` and `labels` as arrays, `where`; held-out ones
-    also `messages` and `tools`), `ledger`, `sha256` of the rows, `digests` of those to train on, `stop_ids`
+    also `messages` and `tools`), `ledger`, `sha256` of the rows, `digests` of those not held out, `stop_ids`
     that end answers, and `kinds`, a first example of each. ValueError naming rows that can not be used,
     unless --skip_bad_rows.
     """
@@ -431,11 +453,13 @@ def read_records(source: str) -> tuple[dict[str, str], Counter, list[str]]:
 
 
 def stop_for(faults: list[str], go_on: bool) -> None:
-    """Raise ValueError naming the first ten faults, unless the person said to go on."""
-    if faults and not go_on:
+    """Name the first ten faults: as a ValueError or, if the person said to go on, as a note."""
+    if faults:
         more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
-        head = f"{len(faults)} rows can not be used; mend them or pass --skip_bad_rows"
-        raise ValueError("\n  ".join([head, *faults[:10], *more]))
+        words = "\n  ".join([f"{len(faults)} rows can not be used", *faults[:10], *more])
+        if not go_on:
+            raise ValueError(f"{words}\nmend them, or pass --skip_bad_rows")
+        say(words)
 
 
 # Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
@@ -510,11 +534,12 @@ def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
         raise ValueError(f"no JSON object: {str(record)[:200]}")
     items = objects(record, "messages", "conversations")
     if not items:
-        if not {"instruction", "input"} & set(record) or not {"output", "response"} & set(record):
+        asked, answers = ("instruction", "prompt", "input"), ("output", "response", "completion")
+        if not set(asked) & set(record) or not set(answers) & set(record):
             raise ValueError(f"unknown shape with keys {sorted(map(str, record))}")
-        question = [text_of(record, "instruction"), text_of(record, "input")]
+        question = [text_of(record, "instruction", "prompt"), text_of(record, "input")]
         question = "\n补充信息：".join(part for part in question if part)
-        history, last = either(record, "history") or [], [question, text_of(record, "output", "response")]
+        history, last = either(record, "history") or [], [question, text_of(record, *answers)]
         for pair in [*history, last] if isinstance(history, list) else [history]:
             if not isinstance(pair, list) or len(pair) != 2:
                 raise ValueError("history is no list of pairs, question and answer")
@@ -528,7 +553,10 @@ def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
     if roles[:1] != ["user"] or "assistant" not in roles or "system" in roles:
         raise ValueError(f"roles are {roles}; expected user first, an assistant, system at the start alone")
     messages = [{"role": "system", "content": system}] * bool(system) + messages
-    tools = [t if "function" in t else {"type": "function", "function": t} for t in objects(record, "tools")]
+    tools = [
+        t if "function" in t else {"type": "function", "function": t}
+        for t in objects(record, "tools", "functions")
+    ]
     json.dumps(
         [messages, tools], ensure_ascii=False
     ).encode()  # half a character (a surrogate) is a ValueError
@@ -546,7 +574,7 @@ def message_of(item: dict) -> dict:
         role, item = "assistant", {"tool_calls": either(item, "content", "value")}
     message = {"role": role, "content": text_of(item, "content", "value")}
     more = {"tool_calls": [call_of(call) for call in objects(item, "tool_calls", "function_call")]}
-    more |= {"reasoning_content": text_of(item, "reasoning_content", "reasoning")}
+    more |= {"reasoning_content": text_of(item, "reasoning_content", "reasoning", "thinking")}
     more |= {"name": item.get("name"), "tool_call_id": item.get("tool_call_id")}
     if role in ("user", "assistant") and not (message["content"] or more["tool_calls"]):
         raise (EmptyAnswer if role == "assistant" else ValueError)(f"the {role} says nothing")
@@ -631,7 +659,7 @@ def thought_apart(message: dict, template: str) -> dict:
     thought, end, answer = message["content"].partition("</think>")
     if not end or "reasoning_content" not in template:
         return message | {"content": message["content"].lstrip()}
-    thought = thought.replace("<think>", "").strip()
+    thought = thought.replace("<think>", "").strip() or message.get("reasoning_content", "")
     return message | {"reasoning_content": thought, "content": answer.lstrip()}
 
 
@@ -831,7 +859,7 @@ def decide_memory(config: FinetuneConfig, skeleton, length: int) -> str:
         config.gradient_checkpointing = "on" if need + kept > 0.9 * free else "off"
     need += kept if config.gradient_checkpointing == "off" else tokens * size * (layers * hidden + widths)
     line = f"about {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB free"
-    if need > free and not config.dry_run:
+    if need > free and not (config.dry_run or config.deepspeed):  # which spreads states and weights
         raise ValueError(f"{config.model_name} needs {line}. {SMALLER}, or see --demo")
     return line
 
@@ -883,7 +911,7 @@ def compare_runs(file: Path, now: dict) -> None:
     pairs += [(name, before[name], now[name]) for name in ("chat_template", "processes")]
     pairs += [("data (SHA-256)", before["dataset"]["sha256"], now["dataset"]["sha256"])]
     for name, earlier, value in pairs:
-        if name in ("num_train_epochs", "max_steps") and value > earlier > 0:
+        if name in ("num_train_epochs", "max_steps") and value > (earlier or value) > 0:
             say(f"{name} was {earlier}, is {value}: the learning rate falls along the new number of steps")
         elif name not in MAY_CHANGE and value != earlier:
             other.append(f"{name} was {earlier!r}, is {value!r}")
@@ -1040,10 +1068,13 @@ def progress_callback(record: dict, examples: list[dict], shown: list[dict], tok
             signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
             self.begin, self.first = time.monotonic(), (state.global_step, state.num_input_tokens_seen)
 
+        def on_train_end(self, args, state, control, **_):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
         def on_pre_optimizer_step(self, args, state, control, model, **_):
             grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            if args.fp16 or all(grad.isfinite().all() for grad in grads):  # float16's scaler skips such steps
-                return
+            if args.fp16 or torch.stack([grad.isfinite().all() for grad in grads]).all():
+                return  # float16's scaler skips such steps itself
             batches = [batch["input_ids"].cpu().numpy().astype("int32") for batch in self.trainer.batches]
             ids = b"".join(batch.tobytes() for batch in batches)
             rows = [example["where"] for example in examples if example["input_ids"].tobytes() in ids]

@@ -31,7 +31,7 @@ def main() -> None:
     rows, _ = evaluate.rows_to_judge(config)
     model, tokenizer = evaluate.load_model(args.model)
     model.generation_config.min_new_tokens = args.tokens  # both ways do the same work
-    prompts = [evaluate.with_ids(tokenizer, config, row)["prompt_ids"] for _, row in rows]
+    prompts = [evaluate.with_ids(tokenizer, set(), 2048, row)["prompt_ids"] for row in rows]
     prompts = sorted((prompts * args.prompts)[: args.prompts], key=len, reverse=True)
     evaluate.generate(model, prompts[:1], 4)  # the first call packs 4-bit weights
 

@@ -3,9 +3,9 @@
     python benchmarks/bench_gpu.py                              # takes 16 GB of disk for random weights
     python benchmarks/bench_gpu.py --layers 2 --width 256 --tokens 64 --steps 6          # see that it runs
 
-The weights are random and made on the spot: what a step costs does not depend on what they say. The script and a
-bare SFTTrainer of the same shape (4 bits, r 16, two rows in a forward pass, gradient checkpointing as the script
-decides it) train on the same rows, each in a process of its own; the first three steps are not timed.
+The weights are random and made on the spot: a step costs the same whatever they say. The script and a bare
+SFTTrainer of the same shape (4 bits, r 16, two rows in a forward pass, gradient checkpointing as the script
+decides it) train on the same rows, each in its own process; the first three steps are not timed.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     python benchmarks/bench_train.py --model models/SmolLM2-135M-Instruct --data my_dataset.json --rows 24
 
-LoRA is measured against the `trl sft` command line, QLoRA against SFTTrainer on a 4-bit model, both with their
-own defaults. Every side trains one epoch over the same rows (r 16, eight rows a step, 512 tokens at most); what
-counts is the training loop (`train_runtime`). The sides take turns, so that other work slows all of them. On a
-CPU without instructions for bfloat16, TRL gets `--bf16 false`. The bare loop is the ceiling: no trainer, no
-logging, the rows of a forward pass end to end, logits only at labels.
+LoRA is measured against the `trl sft` command line, QLoRA against SFTTrainer on a 4-bit model, both with
+their own defaults. Every side trains one epoch over the same rows (r 16, eight rows a step, 512 tokens at
+most); what counts is the training loop (`train_runtime`). The sides take turns, so that other work slows all
+of them, though not evenly: leave the machine alone. On a CPU without instructions for bfloat16, TRL gets
+`--bf16 false`. The bare loop is the ceiling: no trainer, no logging, the rows of a forward pass end to end,
+logits only at labels.
 """
 
 from __future__ import annotations
@@ -160,10 +161,8 @@ def main() -> None:
     parser.add_argument("--only", choices=("lora", "qlora"))
     args = parser.parse_args()
     training.quiet_libraries()
-    model, found = (
-        args.model.resolve(),
-        [training.messages_of(record)[0] for _, record in training.rows_of(str(args.data))],
-    )
+    model, records = args.model.resolve(), [record for _, record in training.rows_of(str(args.data))]
+    found = [training.messages_of(record)[0] for record in records]
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in found[: args.rows]]
     print(f"{args.data.name}, {model.name}, {settings(False).dtype}")
     for kind, name, peer in (("lora", "trl sft", trl_sft), ("qlora", "SFTTrainer", sft_trainer)):
@@ -179,18 +178,11 @@ def main() -> None:
                 side: len(lines) / statistics.median(s for s, _ in result) for side, result in results.items()
             }
             for side, result in results.items():
-                times, last = (
-                    " ".join(f"{s:.1f}" for s, _ in result),
-                    result[-1][1][-max(len(lines) // 32, 1) :],
-                )
-                print(
-                    f"{kind:<6}{side:<20}{speed[side]:6.2f} examples/s ({times} s), last loss {statistics.mean(last):.3f}"
-                )
+                times, last = " ".join(f"{s:.1f}" for s, _ in result), result[-1][1][-1]
+                print(f"{kind:<6}{side:<20}{speed[side]:6.2f} examples/s ({times} s), last loss {last:.3f}")
             mine = speed["qwen_finetuning.py"]
-            print(
-                f"{kind}: {mine / speed[name]:.2f} x {name}, {mine / speed['bare loop']:.2f} x the loop",
-                flush=True,
-            )
+            line = f"{kind}: {mine / speed[name]:.2f} x {name}, {mine / speed['bare loop']:.2f} x the loop"
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ CACHE = tempfile.TemporaryDirectory(prefix="sft-tests-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CORPUS = [
@@ -35,7 +36,7 @@ CORPUS = [
 
 
 def build_tokenizer(chat_template: str | None = CHATML):
-    """A byte-level BPE tokenizer of about 700 tokens with ChatML control tokens; pad differs from end of turn."""
+    """A byte-level BPE tokenizer of about 700 tokens with ChatML control tokens; pad is not EOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -60,7 +61,7 @@ def build_tokenizer(chat_template: str | None = CHATML):
 
 
 def build_model(kind: str, folder: Path, chat_template: str | None = CHATML, **changes) -> Path:
-    """Save a tiny model (`qwen2` or `gpt2`, random weights, float32) with its tokenizer; returns the folder."""
+    """Save a tiny model (`qwen2` or `gpt2`, random weights, float32) and its tokenizer; returns its place."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
@@ -109,7 +110,7 @@ def tiny_gpt2(tmp_path_factory) -> Path:
 def run_script(
     name: str, *args, cwd: Path, input: str | None = None, env: dict | None = None, timeout: int = 300
 ):
-    """Run a script of the project as a person would; returns the finished process with text stdout and stderr."""
+    """Run a script of the project as a person would; returns the finished process."""
     return subprocess.run(
         [sys.executable, str(ROOT / name), *map(str, args)],
         cwd=cwd,
@@ -136,7 +137,7 @@ def load_script(name: str):
 
 
 def build_adapter(base: Path, folder: Path, four_bit: bool = False, targets="all-linear", **lora) -> Path:
-    """Save what a training on `base` saves, with random LoRA weights instead of trained ones; returns the folder.
+    """Save what a training on `base` saves, with random LoRA weights; returns the folder.
 
     Four held-out rows lie in held_out.jsonl beside the folder.
     """

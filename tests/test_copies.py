@@ -1,4 +1,4 @@
-"""No shared module: what several scripts need is the same text in each, marked `# Same in:`, and held so here."""
+"""No shared module: what several scripts need is the same text in each, marked `# Same in:`."""
 
 from __future__ import annotations
 
@@ -76,8 +76,9 @@ def test_constants_of_one_name_are_the_same_in_every_script():
 def test_help_imports_nothing_heavy_and_shows_every_default():
     """--help answers at once since torch and its like are imported where they are used."""
     for path in SCRIPTS:
-        code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(path)!r}, run_name='__main__')\n"
-        code += "except SystemExit: print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
+        code = "import sys, runpy; sys.argv = ['x', '--help']\ntry: "
+        code += f"runpy.run_path({str(path)!r}, run_name='__main__')\nexcept SystemExit: "
+        code += "print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
         process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
         assert process.stdout.rstrip().endswith("[]"), (
             path.name,

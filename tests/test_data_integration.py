@@ -199,8 +199,8 @@ def test_what_is_written_is_what_was_read(run):
         (["--input", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
         (["--orca_data_path", "nowhere.jsonl", "--ratios", "orca=1"], "No such file"),
         (["--orca_data_path", "No/where", "--ratios", "orca=1"], "Couldn't reach 'No/where' on the Hub"),
-        (["--input", "mine.jsonl", "--output", "mine.jsonl"], "mine.jsonl is a source"),
-        (["--input", "mine.jsonl", "--format", "qa"], "no row is good: see data/processed/mine.jsonl.rej"),
+        (["--input", "mine.jsonl", "--output", "mine.jsonl"], "mine.jsonl is, or lies in, what is read"),
+        (["--input", "mine.jsonl", "--format", "qa"], "no row is good; see data/processed/mine.jsonl.rej"),
     ],
 )
 def test_faults_are_one_line_and_change_nothing(run, args, words):

@@ -6,13 +6,11 @@ import hashlib
 import json
 import math
 import shutil
-import subprocess
 import sys
-import time
 from argparse import Namespace
 
 import pytest
-from conftest import CHATML, ROOT, build_tokenizer, load_script, run_script, write_jsonl
+from conftest import CHATML, build_tokenizer, load_script, run_script, write_jsonl
 
 METRIC = """
 import datasets
@@ -81,9 +79,6 @@ def plain_loss(folder, rows: list[dict]) -> float:
     return math.fsum(losses) / len(losses)
 
 
-# -------------------------------------------------------------------------------------------- whole runs
-
-
 def test_the_whole_as_a_person_runs_it(tiny_adapter, tmp_path):
     (tmp_path / "exact").mkdir()
     (tmp_path / "exact/exact.py").write_text(METRIC)
@@ -143,22 +138,23 @@ def test_the_same_numbers_at_every_batch_size(run, evaluate, tiny_adapter, tmp_p
         assert once[1][place]["prediction"] == wanted != ""
 
 
-def test_killed_in_the_middle_of_300_rows_it_goes_on(run, evaluate, tiny_adapter, tmp_path):
+def test_killed_in_the_middle_of_300_rows_it_goes_on(run, evaluate, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "rows.jsonl", [{"input": f"What is {n}?", "output": "12"} for n in range(300)])
     flags = ["--dataset_path", "rows.jsonl", "--eval_ratio", "1"]
     whole = run(*flags)
-    code = "import sys, torch; torch.cpu.get_capabilities = dict; sys.path.insert(0, sys.argv.pop(1))"
-    code += "; import evaluate; evaluate.main(evaluate.parse_args(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, ROOT, *flags, "--batch_size", "4"]
-    command += ["--model", tiny_adapter, "--max_new_tokens", "8"]
-    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stderr=subprocess.DEVNULL)
-    file = tmp_path / "evaluation_results/predictions.unfinished.jsonl"
-    while process.poll() is None and not (file.is_file() and file.read_bytes().count(b"\n") > 40):
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+    file, own, left = tmp_path / "evaluation_results/predictions.unfinished.jsonl", evaluate.generate, [12]
+
+    def killed_in_batch_13(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return own(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "generate", killed_in_batch_13)
+        run(*flags, "--batch_size", 4)
     kept = file.read_bytes().count(b"\n")
-    assert 40 < kept < 300
+    assert kept == 48
     with open(file, "ab") as cut:
         cut.write('["0123", "芯'.encode()[:-1])
     with pytest.raises(ValueError, match="pass --resume, or delete it"):
@@ -177,23 +173,20 @@ def test_killed_in_the_middle_of_300_rows_it_goes_on(run, evaluate, tiny_adapter
     assert "0 answers of the model are there already" in run("--limit", "2", "--resume")[2]
 
 
-# ---------------------------------------------------------------------------------------- what is judged
-
-
 def test_rows_that_were_trained_on_are_left_out_of_another_file(run, tiny_adapter, tmp_path):
     model = shutil.copytree(tiny_adapter, tmp_path / "model")
-    trained = [{"instruction": f"Trained {n}", "output": "yes"} for n in range(6)]
-    training, digests = load_script("qwen_finetuning"), []
-    for record in trained:
-        text = json.dumps(training.messages_of(record), ensure_ascii=False)
-        digests.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+    trained = [{"instruction": f"Trained {n}", "output": "yes"} for n in range(5)]
+    talk = [{"from": "human", "value": "q"}, {"weight": 0, "content": "a", "role": "assistant"}]
+    trained += [{"conversations": talk + talk[:1] + [{"from": "gpt", "value": "b", "x": 1}], "system": "s"}]
+    training = load_script("qwen_finetuning")
+    texts = [json.dumps(training.messages_of(record), ensure_ascii=False) for record in trained]
+    digests = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
     (tmp_path / "trained_on.txt").write_text("\n".join(digests))
     record = json.loads((model / "finetune_config.json").read_text(encoding="utf-8"))
     record |= {"trained_on": str(tmp_path / "trained_on.txt")}
     (model / "finetune_config.json").write_text(json.dumps(record), encoding="utf-8")
     fresh = [{"instruction": f"Fresh {n}", "output": "yes"} for n in range(2)]
-    turns = [{"from": "human", "value": "Trained 5"}, {"from": "gpt", "value": "yes"}]
-    write_jsonl(tmp_path / "test.jsonl", [*trained[:5], {"conversations": turns}, *fresh, *fresh])
+    write_jsonl(tmp_path / "test.jsonl", [*trained, *fresh, *fresh])
 
     flags = ["--dataset_path", "test.jsonl", "--eval_ratio", "1"]
     metrics, predictions, words = run(*flags, model=model)
@@ -208,17 +201,19 @@ def test_rows_that_were_trained_on_are_left_out_of_another_file(run, tiny_adapte
         run(model=model)
 
 
-def test_the_last_answer_is_labelled_as_in_training(evaluate, tiny_adapter):
-    training = load_script("qwen_finetuning")
-    model, tokenizer = evaluate.load_model(str(tiny_adapter))
+def judged(evaluate, tokenizer, **record) -> dict:
+    """What a record of a file is judged by."""
+    row = evaluate.row_of({"text": json.dumps(record)})
+    return evaluate.with_ids(tokenizer, [tokenizer.eos_token_id], 99, row)
+
+
+def test_the_last_answer_is_labelled_as_in_training(evaluate):
+    tokenizer = build_tokenizer()
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a <|im_end|> b"}]
-    row = evaluate.with_ids(tokenizer, {tokenizer.eos_token_id}, 99, {"messages": talk, "tools": []})
-    [wanted], _ = training.encode(talk, tokenizer)
+    row = judged(evaluate, tokenizer, messages=talk)
+    [wanted], _ = load_script("qwen_finetuning").encode(talk, tokenizer)
     assert row["examples"] == [wanted] and not row["cut"]
-    stored = row | {"messages": talk, "tools": [], "examples": [wanted]}
-    assert (
-        evaluate.with_ids(tokenizer, {tokenizer.eos_token_id}, 99, stored)["prompt_ids"] == row["prompt_ids"]
-    )
+    assert judged(evaluate, tokenizer, messages=talk, **wanted) == row  # as training stores it
 
 
 def test_without_stored_rows_the_split_is_the_trainings(evaluate, tiny_qwen2, tmp_path):
@@ -236,7 +231,7 @@ def test_the_last_answer_is_the_reference_and_thoughts_are_not_scored(evaluate, 
     tokenizer = build_tokenizer(CHATML.replace("assistant\n{%", "assistant\n<think>\n{%"))
     turns = {"S": "system", "a": "user", "b": "assistant", "c": "user", "<think>x</think>d": "assistant"}
     talk = [{"role": role, "content": content} for content, role in turns.items()]
-    row = evaluate.with_ids(tokenizer, {tokenizer.eos_token_id}, 2048, {"messages": talk, "tools": []})
+    row = judged(evaluate, tokenizer, messages=talk)
     assert (row["prompt"], row["reference"], row["cut"]) == ("user: a\nassistant: b\nuser: c", "d", False)
     texts = ["so</think>\nIt is 12.", "and so on"]  # <think> stands in the prompt, as of some thinking models
     made = [(tokenizer(text).input_ids, "limit") for text in texts]
@@ -257,27 +252,26 @@ def test_the_last_answer_is_the_reference_and_thoughts_are_not_scored(evaluate, 
         (["--model", "nowhere", "--compare_base"], "--compare_base switches an adapter off; nowhere is none"),
         (["--model", "x", "--dataset_path", "nothing.jsonl"], "No such file or directory: 'nothing.jsonl'"),
         (["--model", "x", "--dataset_path", "rows.csv"], "must be a .jsonl or .json file"),
-        (
-            ["--model", "x", "--dataset_path", "bad.jsonl"],
-            "2 of 3 rows can not be used.*bad.jsonl:3: Unterminated",
-        ),
+        (["--model", "x", "--dataset_path", "bad.jsonl"], "2 of 3 rows can not .*bad.jsonl:3: Unterminated"),
+        (["--model", "x", "--dataset_path", "array.json"], "array.json is broken: Expecting"),
         (["--model", "x", "--rouge"], "pip install jieba"),
-        (["--model", "broken"], "finetune_config.json or the held-out rows that it names are broken"),
+        (["--model", "held"], "1 of 1 rows can not be used.*held_out.jsonl:1: expected messages"),
+        (["--model", "broken"], "finetune_config.json is broken: Expecting"),
     ],
 )
 def test_mistakes_get_one_clear_line(evaluate, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "jieba", None)  # as where it is not installed
     (tmp_path / "broken").mkdir()
+    (tmp_path / "held").mkdir()
     (tmp_path / "broken/finetune_config.json").write_text('{"dataset": ')
-    (tmp_path / "bad.jsonl").write_text(
-        '{"input": "", "output": "b"}\n{"input": "a", "output": "b"}\n{"in\n\n'
-    )
+    (tmp_path / "bad.jsonl").write_text('{"input": ""}\n{"input": "a", "output": "b"}\n{"in\n\n')
+    (tmp_path / "array.json").write_text('[{"input": "a", "output": "b"}, {]')
+    (tmp_path / "held/held_out.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
+    record = {"dataset": {"path": "t.jsonl"}, "held_out": "held/held_out.jsonl"}
+    (tmp_path / "held/finetune_config.json").write_text(json.dumps(record))
     with pytest.raises((ValueError, OSError), match=f"(?s){words}"):
         evaluate.main(evaluate.parse_args(flags))
-
-
-# -------------------------------------------------------------------------------------------- the scores
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,4 +1,4 @@
-"""The READMEs and docs/: every command parses, every link leads somewhere, both languages say the same commands."""
+"""The READMEs and docs/: every command parses, every link leads somewhere, in both languages."""
 
 from __future__ import annotations
 

@@ -71,6 +71,7 @@ USED = {
         {"instruction": "q", "output": "a", "history": [["p", "b"]]},
         [NO_THOUGHT + "b<|im_end|>", NO_THOUGHT + "a<|im_end|>"],
     ),
+    "prompt and completion": ({"prompt": "q", "completion": "a"}, [NO_THOUGHT + "a<|im_end|>"]),
     "conversations with role": ({"conversations": PAIR}, [NO_THOUGHT + "a<|im_end|>"]),
     "messages with from": (
         {"messages": [{"from": "Human", "value": "q"}, {"from": "chatgpt", "value": "a"}]},
@@ -113,8 +114,12 @@ REFUSED = {
     "messages holds no objects: .*stands twice": {
         "messages": training.from_json('[{"role": "user", "role": "x"}]')
     },
-    "unknown shape with keys": {"prompt": "q", "completion": "a"},
-    "output and response say different things": {"instruction": "q", "output": "a", "response": "b"},
+    "unknown shape with keys": {"question": "q", "answer": "a"},
+    "output and response and completion say different things": {
+        "instruction": "q",
+        "output": "a",
+        "response": "b",
+    },
     "the user says nothing": {"instruction": " ", "output": "a"},
     "the assistant says nothing": {"instruction": "q", "output": "\n"},
     "history is no list of pairs": {"instruction": "q", "output": "a", "history": [["p"]]},

@@ -9,7 +9,7 @@ Writes  the answers to stdout; with /save FILE.jsonl the conversation, as a line
 By default no three tokens come twice in an answer, and what it has said becomes less likely (penalty 1.3):
 small models go in circles less, but lists, tables, code and JSON are spoilt; for those take the second line.
 /compare asks the base model the last question, /system TEXT sets another system message (alone: that of the
-training), /reset forgets all. A text pasted in several lines is one message, never a command.
+training). Lines that are pasted, or stand between two lines of \"\"\", are one message and no command.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import os
 import re
 import sys
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_type_hints
@@ -69,21 +70,26 @@ def main(config: Config) -> None:
     import torch
     from jinja2 import TemplateError
 
-    talk = Talk(config, *load_model(config.model))
-    torch.manual_seed(config.seed)
+    if sys.stdin is None:
+        raise ValueError("stdin is closed: there is nothing to answer")
+    sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end a conversation
     with suppress(ImportError):  # Windows has none
         import readline
 
         readline.parse_and_bind("set enable-bracketed-paste on")  # Python switches it off
-    sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end a conversation
+    talk = Talk(config, *load_model(config.model))
+    torch.manual_seed(config.seed)
     print(HELP, file=sys.stderr)
     while True:
         try:
             line = input("you> " if sys.stdin.isatty() else "").removeprefix("\ufeff").strip()
             if line.lower() in ("exit", "quit"):
                 return
-            if line.startswith("/") and "\n" not in line:  # a pasted text is no command
+            if line == '"""':
+                talk.ask("\n".join(iter(input, '"""')))
+            elif line.startswith("/") and "\n" not in line:  # a pasted text is no command
                 talk.obey(*line.partition(" ")[::2])
+                print("[done]", file=sys.stderr)
             elif line:
                 talk.ask(line)
         except EOFError:
@@ -134,93 +140,76 @@ class Talk:
     """A conversation: its turns, and the key-value cache of the ids that the model has read."""
 
     def __init__(self, config: Config, model, tokenizer):
-        self.config, self.model, self.tokenizer, self.system = config, model, tokenizer, config.system_prompt
+        self.config, self.model, self.tokenizer = config, model, tokenizer
         self.turns, self.cache, self.read = [], None, []
+        self.obey("/system", config.system_prompt)
 
     def obey(self, command: str, text: str) -> None:
         """Carry out a command. Raises ValueError for one that is unknown or can not be done."""
         if command == "/reset":
             self.turns = []
         elif command == "/system":
-            self.system = text.strip()
+            self.system = [{"role": "system", "content": text.strip()}] if text.strip() else []
         elif command == "/compare" and self.turns:
             self.compare()
         elif command == "/save" and text.strip().endswith(".jsonl"):
             if all("weight" in turn for turn in self.turns[1::2]):
                 raise ValueError("there is no whole answer to save yet")
-            system = [{"role": "system", "content": self.system}] if self.system else []
-            record = json.dumps({"messages": system + self.turns}, ensure_ascii=False)
-            with open(os.path.expanduser(text.strip()), "a", encoding="utf-8") as file:
-                file.write(f"\n{record}\n")  # an editor may have left the last line open
-        elif command != "/help":
-            raise ValueError(f"{command} {text} can not be done now. {HELP}")
-        print(HELP if command == "/help" else "[done]", file=sys.stderr)
+            record = json.dumps({"messages": self.system + self.turns}, ensure_ascii=False)
+            with open(os.path.expanduser(text.strip()), "a+", encoding="utf-8") as file:
+                file.seek(0)
+                last = file.read()[-1:]  # an editor may have left the last line open
+                file.write(f"{record}\n" if last in ("", "\n") else f"\n{record}\n")
+        else:
+            raise ValueError(HELP if command == "/help" else f"{command} {text} can not be done now. {HELP}")
+
+    def compare(self) -> None:
+        """Stream the base's answer to the last question. ValueError where no adapter can be put aside."""
+        self.model.disable_adapters()
+        base = copy(self)
+        base.turns, base.cache = self.turns[:-2], None
+        try:
+            base.generate(self.turns[-2])
+        finally:
+            self.model.enable_adapters()
 
     def ask(self, text: str) -> None:
         """Stream an answer; both join the conversation. One that was cut has weight 0: it is not learnt."""
         question = {"role": "user", "content": text}
         text, cut = self.generate(question)
-        answer = {"role": "assistant", "content": text} | ({"weight": 0} if cut else {})
-        self.turns += [question, answer] if text else []
         if not text:
-            print("[no answer; the question is forgotten]", file=sys.stderr)
-
-    def compare(self) -> None:
-        """Stream the base's answer to the last question. ValueError where no adapter can be put aside."""
-        self.model.disable_adapters()
-        turns, self.turns, self.cache = self.turns, self.turns[:-2], None
-        try:
-            self.generate(turns[-2])
-        finally:
-            self.model.enable_adapters()
-            self.turns, self.cache = turns, None
-
-    def prompt(self, question: dict) -> list[int]:
-        """Ids of the conversation with a question; where they outgrow the context, the oldest turns go."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31)
-        options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        for dropped in range(0, len(self.turns) + 1, 2):
-            turns = self.turns[dropped:]
-            ids = self.tokenizer.apply_chat_template([*system, *turns, question], **options)
-            if len(ids) + self.config.max_new_tokens <= context:
-                if dropped:
-                    print(f"[context full: the {dropped} oldest messages are forgotten]", file=sys.stderr)
-                self.turns = turns
-                return ids
-        raise ValueError(f"{len(ids)} tokens and the answer's are more than the {context} that fit")
+            raise ValueError("no answer; the question is forgotten")
+        self.turns += [question, {"role": "assistant", "content": text} | ({"weight": 0} if cut else {})]
 
     def generate(self, question: dict) -> tuple[str, str]:
         """(the answer, streamed; how it was cut, or ""). What the cache holds is not read again."""
         import torch
-        from transformers import DynamicCache, TextStreamer
-        from transformers import NoRepeatNGramLogitsProcessor as NoRepeat
-        from transformers import RepetitionPenaltyLogitsProcessor as Penalty
+        import transformers
 
         config, ids, parts, cut = self.config, self.prompt(question), [], "stopped"
         same = min(len(os.path.commonprefix([self.read, ids])), len(ids) - 1)  # the last one is read again
         try:
             self.cache.crop(same - len(self.read))
         except (AttributeError, RuntimeError):  # there is none; or sliding windows can not go back
-            self.cache = DynamicCache(config=self.model.config)
+            self.cache = transformers.DynamicCache(config=self.model.config)
         cache, self.cache = self.cache, None  # after Ctrl-C nobody knows what it holds
-        ngrams = NoRepeat(config.no_repeat_ngram_size or 2**31)  # both count what is answered, not the prompt
-        penalties = [lambda seen, scores: ngrams(seen[:, len(ids) :], scores)]
-        penalties += [Penalty(config.repetition_penalty, len(ids))]
-        sampling = {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
 
         def show(text: str, stream_end: bool = False) -> None:
             parts.append(text)
             print(printable(text), end="\n" if stream_end else "", flush=True)
 
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = transformers.TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         streamer.on_finalized_text = show
+        ngrams = transformers.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size or 2**31)
+        penalty = transformers.RepetitionPenaltyLogitsProcessor(config.repetition_penalty, len(ids))
+        penalties = [lambda seen, scores: ngrams(seen[:, len(ids) :], scores), penalty]  # not of the prompt
         prompt = torch.tensor([ids], device=self.model.device)
-        options = {"attention_mask": torch.ones_like(prompt), "past_key_values": cache, "use_cache": True}
-        options |= {"streamer": streamer, "top_k": 0, "repetition_penalty": 1.0} | sampling
-        options |= {"logits_processor": penalties, "max_new_tokens": config.max_new_tokens}
+        options = {"attention_mask": torch.ones_like(prompt), "past_key_values": cache, "streamer": streamer}
+        options |= {"top_k": 0, "repetition_penalty": 1.0, "logits_processor": penalties}
+        options |= {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
+        options |= {"do_sample": config.temperature > 0, "max_new_tokens": config.max_new_tokens}
         try:
-            output = self.model.generate(prompt, do_sample=bool(sampling), **options)[0].tolist()
+            output = self.model.generate(prompt, **options)[0].tolist()
             self.cache, self.read, ends = cache, output[:-1], self.model.generation_config.eos_token_id
             whole = output[-1] in (ends if isinstance(ends, list) else [ends])
             cut = "" if whole else f"cut at --max_new_tokens {config.max_new_tokens}"
@@ -229,6 +218,20 @@ class Talk:
         if cut:
             print(f"[{cut}]", file=sys.stderr)
         return "".join(parts).strip().rstrip("\ufffd" if cut else ""), cut  # half a character is none
+
+    def prompt(self, question: dict) -> list[int]:
+        """Ids of the conversation with a question; where they outgrow the context, the oldest turns go."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31)
+        options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
+        for dropped in range(0, len(self.turns) + 1, 2):
+            chat = [*self.system, *self.turns[dropped:], question]
+            ids = self.tokenizer.apply_chat_template(chat, **options)
+            if len(ids) + self.config.max_new_tokens <= context:
+                if dropped:
+                    print(f"[context full: the {dropped} oldest messages are forgotten]", file=sys.stderr)
+                self.turns = self.turns[dropped:]
+                return ids
+        raise ValueError(f"{len(ids)} tokens and the answer's are more than the {context} that fit")
 
 
 # Same in: chat.py, inference.py, qwen_finetuning.py

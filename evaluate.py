@@ -480,10 +480,12 @@ def write_results(config: Config, source: dict, sides: dict, rows: list, predict
     page = Environment(autoescape=True, finalize=shown).from_string(REPORT)
     page = page.render(title=f"Evaluation of {config.model}", tables=tables)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
-    Path(config.output_dir, "report.html").write_text(page, encoding="utf-8")
-    Path(config.output_dir, "predictions.jsonl").write_text(lines, encoding="utf-8")
     text = json.dumps(facts, ensure_ascii=False, indent=2)
-    Path(config.output_dir, "metrics.json").write_text(text, encoding="utf-8")
+    files = {"report.html": page, "predictions.jsonl": lines, "metrics.json": text}
+    for name, content in files.items():  # written beside its place, so that it is never half written
+        partial = Path(config.output_dir, name + ".partial")
+        partial.write_text(content, encoding="utf-8")
+        os.replace(partial, Path(config.output_dir, name))
     for row in scores:
         print("".join(f"{shown(cell):<28}" for cell in row).rstrip())
     print(f"Perplexity: {shown(facts['perplexity'])}")

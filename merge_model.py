@@ -16,16 +16,13 @@ import argparse
 import gc
 import json
 import math
-import re
 import shutil
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import get_type_hints
 
-# The adapter and the merged model are compared at every position of these.
 PROMPTS = ("Who are you?", "用三句话解释什么是LoRA微调。", "Write a Python function that sorts a list.")
 LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-2}  # of the mean KL in nats, for rounding
 ROWS = 32  # held-out rows to measure by; all candidates meet the same
@@ -74,7 +71,6 @@ def parser_of(config_class: type) -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
-    """Settings from the command line."""
     return Config(**vars(parser_of(Config).parse_args(argv)))
 
 
@@ -82,17 +78,17 @@ def main(config: Config) -> None:
     from safetensors import SafetensorError
 
     adapter, output = Path(config.adapter), Path(config.output)
-    peft = read_json(adapter / "adapter_config.json")
+    peft, record = (read_json(adapter / f"{name}_config.json") for name in ("adapter", "finetune"))
     if (kind := peft.get("peft_type")) != "LORA":
         raise ValueError(f"{adapter}: no LoRA adapter there, but {kind or 'no adapter_config.json'}")
     if output.exists() and "merged" not in read_json(output / "finetune_config.json"):
         raise ValueError(f"{output} exists and is no merged model of this script; pass another --output")
-    partial, record = output.with_name(f"{output.name}.partial"), read_json(adapter / "finetune_config.json")
+    partial, earlier = (output.with_name(f"{output.name}.{word}") for word in ("partial", "replaced"))
     for words in ("Found missing adapter keys", "Model with `tie_word_embeddings=True` and the"):
         warnings.filterwarnings("error", message=words)  # PEFT would go on: half an adapter, a wrong sum
     try:
-        base_weights, dtype, table = choose(config, record)
-        model, tokenizer = load(adapter, record, base_weights)
+        base_weights, dtype, table = choose(config, peft, record)
+        model, tokenizer = load(config.adapter, record, base_weights)
         expected = logits_on_prompts(model.float(), tokenizer)
         model = merge(model, dtype)
         record["merged"] = {"base_weights": base_weights, "dtype": dtype, "measured": table}
@@ -100,13 +96,16 @@ def main(config: Config) -> None:
         del model  # before it is read again
         record["merged"]["verified"] = compare(partial, expected, dtype)
         write_json(partial / "finetune_config.json", record)
-        shutil.rmtree(output, ignore_errors=True)  # an earlier merge
+        if output.exists():  # an earlier merge; it is kept until the new one is in its place
+            shutil.rmtree(earlier, ignore_errors=True)
+            output.rename(earlier)
         partial.rename(output)
     except (OSError, SafetensorError, RuntimeError, UserWarning) as error:  # in the libraries' words
         where = f"{adapter} on {peft['base_model_name_or_path']}"
         raise ValueError(f"{where}: {' '.join(str(error).split())[:300]}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(earlier, ignore_errors=True)
     print(f"merged: {output} ({base_weights} base weights, {dtype}); try python chat.py --model {output}")
 
 
@@ -116,33 +115,25 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file into a folder that is not in use yet."""
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def choose(config: Config, record: dict) -> tuple[str, str, list[dict]]:
-    """(base weights, dtype, table): the merge whose held-out loss is nearest to the trained function's.
-
-    (A lower loss on another base is luck on few rows, as a higher one is.)
-    """
+def choose(config: Config, peft: dict, record: dict) -> tuple[str, str, list[dict]]:
+    """(base weights, dtype, table): the merge whose held-out loss is nearest to the trained function's."""
     from transformers import AutoConfig
 
-    adapter, settings, table = Path(config.adapter), record.get("settings", {}), []
-    bases = ["original", "dequantized"] if settings.get("load_in_4bit") else ["original"]
-    bases, dtype = bases if config.base_weights == "auto" else [config.base_weights], config.dtype
+    settings, table, bases, dtype = record.get("settings", {}), [], [config.base_weights], config.dtype
+    if config.base_weights == "auto":
+        bases = ["original", "dequantized"] if settings.get("load_in_4bit") else ["original"]
     if dtype == "auto":  # the base's own 16-bit type
-        base = read_json(adapter / "adapter_config.json")
-        own = AutoConfig.from_pretrained(base["base_model_name_or_path"], revision=base.get("revision"))
-        dtype = "float16" if str(own.dtype) == "torch.float16" else "bfloat16"
-    path = Path(record.get("held_out", ""))
-    path = path if path.is_file() else adapter.parent / path.name  # after a move
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    if not (rows := [json.loads(line) for line in lines[:ROWS]]):
+        own = AutoConfig.from_pretrained(peft["base_model_name_or_path"], revision=peft.get("revision")).dtype
+        dtype = "float16" if str(own) == "torch.float16" else "bfloat16"
+    if not (rows := held_out_rows(Path(config.adapter), record)):
         print(f"no held-out rows to measure by: taking {bases[-1]} base weights, stored as {dtype}")
         return bases[-1], dtype, table
 
     def measure(base_weights: str, dtype: str) -> dict:
-        model, _ = load(adapter, record, base_weights)
+        model, _ = load(config.adapter, record, base_weights)
         loss, largest = held_out_loss(merge(model, dtype) if table else model, rows)
         away = abs(loss - table[0]["loss"]) if table else 0.0
         table.append({"base": base_weights, "dtype": dtype, "loss": loss, "away": away, "largest": largest})
@@ -151,7 +142,8 @@ def choose(config: Config, record: dict) -> tuple[str, str, list[dict]]:
 
     print(f"base weights  type          loss    away  largest activation   on {len(rows)} held-out rows")
     if measure("as trained", settings.get("dtype", ""))["loss"] == math.inf:
-        raise ValueError(f"{adapter}: its loss is no number, so it is broken; take another checkpoint")
+        raise ValueError(f"{config.adapter}: its loss is no number, it is broken; take another checkpoint")
+    # nearest, not lowest: a lower loss on another base is luck on few rows
     best = min([measure(base, dtype) for base in bases], key=lambda row: row["away"])
     if config.dtype == "auto" and best["away"] > NEAR and best["largest"] <= ROOM:
         finer = measure(best["base"], "float16")
@@ -161,31 +153,42 @@ def choose(config: Config, record: dict) -> tuple[str, str, list[dict]]:
     return best["base"], best["dtype"], table
 
 
-def load(adapter: Path, record: dict, base_weights: str):
-    """(base with the adapter beside it, tokenizer) on the CPU, in the type of the training.
+def held_out_rows(adapter: Path, record: dict) -> list:
+    """Up to ROWS rows, each a tensor of ids and labels, (2, length). ValueError with file and line."""
+    import torch
 
-    `base_weights` is `as trained`, `original`, or `dequantized`: turned to 4 bits and back, for a merge into
-    4-bit layers, as AutoPeftModelForCausalLM gives them, would round once more.
-    """
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    path, rows = Path(record.get("held_out", "")), []
+    path = path if path.is_file() else adapter.parent / path.name  # after a move
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines[:ROWS], 1):
+        try:
+            row = json.loads(line)
+            rows.append(torch.tensor([row["input_ids"], row["labels"]]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}:{number}: not a row of ids and labels: {error}") from error
+    return rows
+
+
+def load(adapter: str, record: dict, base_weights: str):
+    """(base with the adapter beside it, tokenizer) on the CPU, in the type of the training. `base_weights` may
+    also be `as trained`; `dequantized` ones were turned to 4 bits and back."""
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoTokenizer, BitsAndBytesConfig
 
     gc.collect()  # the model before this one: PEFT's references go in circles
-    peft, settings = PeftConfig.from_pretrained(adapter), record.get("settings", {})
-    base, dtype = peft.base_model_name_or_path, settings.get("dtype")
-    options = {"dtype": dtype or "auto", "device_map": {"": "cpu"}, "use_safetensors": True}
+    settings = record.get("settings", {})
+    options = {"dtype": settings.get("dtype", "auto"), "device_map": {"": "cpu"}, "use_safetensors": True}
     if base_weights == "dequantized" or (base_weights == "as trained" and settings.get("load_in_4bit")):
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(base, revision=peft.revision, **options)
-    for layer in model.modules():  # else bitsandbytes repacks them in a forward on CPUs with AVX512-BF16
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-    model = model.dequantize() if base_weights == "dequantized" else model
-    tokenizer = AutoTokenizer.from_pretrained(adapter if any(adapter.glob("tokenizer*")) else base)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added in training
-        model.resize_token_embeddings(len(tokenizer))
-    return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
+        options["quantization_config"] = BitsAndBytesConfig(
+            **nf4, bnb_4bit_compute_dtype=settings.get("dtype")
+        )
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter, **options)
+    if base_weights == "dequantized":  # a merge into 4-bit layers would round once more
+        model = PeftModel.from_pretrained(model.unload().dequantize(), adapter)
+    base = model.peft_config["default"].base_model_name_or_path
+    words = adapter if any(Path(adapter).glob("tokenizer*")) else base
+    return model.eval(), AutoTokenizer.from_pretrained(words)
 
 
 def merge(model, dtype: str):
@@ -195,48 +198,41 @@ def merge(model, dtype: str):
     return model.float().merge_and_unload().to(getattr(torch, dtype))
 
 
-def held_out_loss(model, rows: list[dict]) -> tuple[float, float]:
+def held_out_loss(model, rows: list) -> tuple[float, float]:
     """(mean of -log p over all supervised tokens in nats, infinite if no number; largest activation)."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    total, count, largest = 0.0, 0, 0.0
+    losses, peaks = [], []
 
     def watch(module, inputs, output) -> None:
-        nonlocal largest
-        for part in (*inputs, output):
-            if isinstance(part, torch.Tensor) and part.is_floating_point():
-                largest = max(largest, part.abs().max().item())
+        parts = [part for part in (*inputs, output) if torch.is_tensor(part) and part.is_floating_point()]
+        peaks.extend(part.abs().max().item() for part in parts)
 
-    with torch.nn.modules.module.register_module_forward_hook(watch):
-        for row in rows:
-            labels = torch.tensor(row["labels"][1:])  # the logits at a token are for the next
-            logits = logits_of(model, row["input_ids"])[:-1]
-            total += cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
-            count += (labels != -100).sum().item()
-    return (total / count if count and math.isfinite(total) else math.inf), largest
-
-
-def logits_of(model, ids: list[int]):
-    """Logits at each of the ids, float32, shape (ids, vocabulary)."""
-    import torch
-
-    with torch.inference_mode():
-        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+    with torch.inference_mode(), torch.nn.modules.module.register_module_forward_hook(watch):
+        for ids, labels in rows:
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # each for the next token
+            loss = cross_entropy(logits.float(), labels[1:], reduction="none")
+            losses.append(loss[labels[1:] != -100])
+    mean = torch.cat(losses).mean().item()
+    return mean if math.isfinite(mean) else math.inf, max(peaks)
 
 
 def logits_on_prompts(model, tokenizer):
-    """`logits_of` PROMPTS, asked as questions, one below the other."""
+    """Logits at each token of PROMPTS, asked as questions, one below the other: (tokens, vocabulary)."""
     import torch
 
-    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    ids = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
-    return torch.cat([logits_of(model, prompt) for prompt in ids])
+    options, logits = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}, []
+    for prompt in PROMPTS:
+        inputs = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
+        with torch.inference_mode():
+            logits.append(model(**inputs, use_cache=False).logits[0].float())
+    return torch.cat(logits)
 
 
 def write_folder(folder: Path, adapter: Path, record: dict, model, tokenizer) -> None:
-    """Save all so that readers of transformers 4, many engines and converters, open it right too: they take
-    RoPE from the top level of config.json, and go on with 10,000 in silence where none is."""
+    """Save all so that transformers 4, which many engines pin, opens it right too: it takes RoPE from the top
+    level of config.json, and goes on with 10,000 in silence where none is."""
     from transformers import GenerationConfig
 
     if (adapter / "generation_config.json").is_file():  # with the tokens that end an answer
@@ -247,8 +243,8 @@ def write_folder(folder: Path, adapter: Path, record: dict, model, tokenizer) ->
     for part in (config, config.get("text_config", {})):
         rope = part.get("rope_parameters") or {}
         local, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)  # Gemma 3 has two
-        part |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
         part |= {"rope_local_base_freq": local["rope_theta"]} if local else {}
+        part |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
         if rope.get("rope_type", "default") != "default":
             part["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         part |= {"torch_dtype": part["dtype"]} if "dtype" in part else {}
@@ -259,50 +255,50 @@ def write_folder(folder: Path, adapter: Path, record: dict, model, tokenizer) ->
     write_json(folder / "tokenizer_config.json", words)
     card = {"base": model.name_or_path, "loss": record.get("losses", {}).get("after", "not measured")}
     (folder / "README.md").write_text(CARD.format(**card, **record["merged"]), encoding="utf-8")
-    ends = model.generation_config.eos_token_id or []
-    ends = tokenizer.convert_ids_to_tokens(ends if isinstance(ends, list) else [ends])
-    if text := modelfile(tokenizer, ends):
+    ends = model.generation_config.eos_token_id
+    stops = tokenizer.convert_ids_to_tokens(ends if isinstance(ends, list) else [ends])
+    if text := modelfile(tokenizer, stops):
         (folder / "Modelfile").write_text(text, encoding="utf-8")
 
 
-def modelfile(tokenizer, ends: list[str]) -> str:
-    """What Ollama is told: the chat template in its words, read off a rendered conversation, the default
-    system prompt and the stop tokens. "" and a line where that can not be."""
+def modelfile(tokenizer, stops: list[str]) -> str:
+    """Ollama's file: chat template (read off rendered turns), system prompt, stops; "" and a line if it fails."""
     from jinja2 import TemplateError
 
-    roles = {"SYSTEM": "system", "FIRST": "user", "ANSWER": "assistant", "SECOND": "user"}
-    chat = [{"role": role, "content": text} for text, role in roles.items()]
-    written = partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
+    def around(*roles: str) -> list[str]:  # what is written before, between and behind the turns' texts
+        chat = [{"role": role, "content": "\ue000"} for role in roles]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False).split("\ue000")
+
     try:
+        start, ask, between, _ = around("user", "assistant", "user")
+        [stop] = [stop for stop in stops if between.startswith(stop) and '"""' not in start]
         try:
-            before, behind, ask, between, _ = re.split("|".join(roles), written(chat))
+            before, behind, _ = around("system", "user")
         except TemplateError:  # such as Gemma 2: no system message
-            before, ask, between, _ = re.split("|".join(roles), written(chat[1:]))
-            behind = ""
-        end = re.match(rf"({'|'.join(map(re.escape, ends))})\s*", between)[0]
-    except (TemplateError, ValueError, TypeError):
-        print("no Modelfile: what the chat template writes can not be told to Ollama")
+            before, behind = start, ""
+    except (TemplateError, ValueError):
+        print("no Modelfile: Ollama can not be told what the chat template or the system prompt writes")
         return ""
-    user, bos = between.removeprefix(end), tokenizer.bos_token or ""
-    system = written(chat[1:2]).removesuffix(f"FIRST{ask}").removesuffix(behind)
-    system = system.removeprefix(before) if system.startswith(before) else ""
+    user = between.removeprefix(stop).lstrip()
+    end, bos = between.removesuffix(user), tokenizer.bos_token or ""
+    system = start.removeprefix(before).removesuffix(behind) if start.startswith(before) else ""
     before = before if user.startswith(bos) else before.removeprefix(bos)  # Ollama writes it
     template = "{{ if .System }}%s{{ .System }}%s{{ else }}%s{{ end }}{{ .Prompt }}%s{{ .Response }}%s"
-    template %= (before, behind, user, ask, end)
-    lines = ["FROM ./model.gguf", f'TEMPLATE """{template}"""']
-    lines += [f'SYSTEM """{system}"""'] + [f'PARAMETER stop "{end}"' for end in ends]
+    lines = ["FROM ./model.gguf", f'TEMPLATE """{template % (before, behind, user, ask, end)}"""']
+    lines += [f'SYSTEM """{system}"""'] + [f'PARAMETER stop "{stop}"' for stop in stops]
     return "\n".join(lines) + "\n"
 
 
 def compare(folder: Path, expected, dtype: str) -> dict:
     """How far the folder, read anew, is from the adapter in float32. Raises ValueError past LIMITS."""
+    from torch.nn.functional import kl_div
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     found = logits_on_prompts(model, AutoTokenizer.from_pretrained(folder)).log_softmax(-1)
     expected = expected.log_softmax(-1)
     same = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
-    kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
+    kl = kl_div(found, expected, reduction="batchmean", log_target=True).item()
     text = f"mean KL {kl:.1e} from the adapter at {len(found)} positions, same top token {same:.3f}"
     print(f"read again: {text}")
     if not kl <= LIMITS[dtype]:  # also where it is no number

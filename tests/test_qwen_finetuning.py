@@ -446,11 +446,10 @@ def test_what_can_not_work_is_said_before_training(tmp_path, tiny_qwen2, tiny_gp
     [
         ("lora_rank: 8", "a.yaml:1: unknown setting 'lora_rank'; the nearest known one is 'lora"),
         ("lora:\n  r: 8\nlora_r: 4", "a.yaml:3: lora_r is set twice"),
-        ("lora_r: [1, 2]", "a.yaml:1: lora_r can not be that"),
-        ("load_in_4bit: maybe", "a.yaml:1: load_in_4bit can not be that"),
+        ("lora: {r: {x: 1}}", "a.yaml:1: lora_r is set twice, or holds a section"),
+        ("load_in_4bit: maybe", "a.yaml:1: load_in_4bit is 'maybe'; expected true or false"),
         ("- lora_r", "expected lines such as"),
         ("a: [", "no YAML"),
-        ("overlong: explode", "overlong is 'explode': take one of truncate, drop"),
     ],
 )
 def test_mistakes_in_a_yaml_file_get_one_line(tmp_path, text, words):
@@ -458,6 +457,14 @@ def test_mistakes_in_a_yaml_file_get_one_line(tmp_path, text, words):
     with pytest.raises(ValueError) as error:
         training.parse_args(["--config", str(tmp_path / "a.yaml")])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["overlong: explode", "lora_r: [1, 2]", "lora_r: many"])
+def test_what_a_flag_can_not_be_a_yaml_file_can_not_say(tmp_path, text, capsys):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        training.parse_args(["--config", str(tmp_path / "a.yaml")])
+    assert end.value.code == 2 and "error: " in capsys.readouterr().err
 
 
 def test_yaml_flat_or_in_sections_and_the_command_line_wins(tmp_path):
@@ -499,7 +506,7 @@ def test_flags_that_are_unknown_or_shortened_exit_with_2(tmp_path):
         process = run_script("qwen_finetuning.py", flag, "1", cwd=tmp_path)
         assert process.returncode == 2 and f"unrecognized arguments: {flag}" in process.stderr
     for flags, words in (
-        (["--eval_strategy", "epoch"], "saves what it evaluates"),
+        (["--eval_strategy", "epoch"], "saves what was evaluated"),
         (
             ["--eval_strategy", "no", "--early_stopping_patience", "3"],
             "--early_stopping_patience needs evaluations",

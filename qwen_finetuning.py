@@ -26,6 +26,7 @@ import argparse
 import csv
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -209,8 +210,10 @@ def parse_args(argv: list[str] | None = None) -> FinetuneConfig:
 
 
 def yaml_flags(file: str) -> list[str]:
-    """The settings in a YAML file as flags, so that one parser checks both. A key stands alone (`lora_r: 16`) or
-    in a section (`lora: {r: 16}`), under its own name or an alias. Raises ValueError that names the line."""
+    """The settings in a YAML file as flags, so that one parser checks both. Raises ValueError with the line.
+
+    A key stands alone (`lora_r: 16`) or in a section (`lora: {r: 16}`), under its own name or an alias.
+    """
     import difflib
 
     import yaml
@@ -253,7 +256,7 @@ def yaml_flags(file: str) -> list[str]:
 def main(config: FinetuneConfig) -> None:
     started = time.monotonic()
     quiet_libraries()
-    check_folders(config)
+    check_surroundings(config)
     if config.demo:
         fetch_demo_model()
     tokenizer = load_tokenizer(config)
@@ -299,8 +302,11 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def check_folders(config: FinetuneConfig) -> None:
-    """Raises ValueError where data are missing, or a result would replace what is no earlier result."""
+def check_surroundings(config: FinetuneConfig) -> None:
+    """Raises ValueError where data or a library is missing, or a result would replace what is none."""
+    for library, wanted in ((config.trace, config.trace != "none"), ("deepspeed", config.deepspeed)):
+        if wanted and not importlib.util.find_spec(library):
+            raise ValueError(f"{library} is not installed; its version stands in requirements.txt")
     source, output = config.dataset_path, Path(config.output_dir)
     if source.lower().endswith(DATA_ENDINGS) and not Path(source).is_file():
         there = ", ".join(str(file) for file in sorted(Path("data/processed").glob("*.jsonl")))
@@ -999,6 +1005,12 @@ def build_trainer(config: FinetuneConfig, args, model, tokenizer, data: dict, pl
     parts = {"processing_class": tokenizer, "peft_config": lora, "callbacks": [progress]}
     trainer = sparse_trainer()(model=model, args=args, **sets, **parts)
     trainer.progress, progress.trainer = progress, trainer
+    if (
+        config.trace == "swanlab" and RANK == 0
+    ):  # whose callback asks for a run, and raises where none has begun
+        import swanlab
+
+        swanlab.init(project="sft", experiment_name=args.run_name, config=record["settings"])
     trainer.remove_callback(PrinterCallback)
     if config.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))

@@ -216,5 +216,6 @@ def test_in_a_terminal(tiny_adapter, tmp_path):
     assert "[stopped]" not in screen.interrupt()  # all five lines were one message: no other is under way
     screen.type("/save talk.jsonl\r")
     screen.until("no whole answer to save yet")
+    screen.until("you> ")  # else Ctrl-D comes before readline listens
     screen.type("\x04")  # Ctrl-D
     assert os.waitstatus_to_exitcode(os.waitpid(screen.pid, 0)[1]) == 0

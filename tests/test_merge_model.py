@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, build_adapter, build_model, build_tokenizer, load_script, run_script
+from conftest import ROOT, build_adapter, build_model, build_tokenizer, load_script
 
 ROPE = {
     "qwen2": {"rope_type": "default", "rope_theta": 1e6},
@@ -59,19 +59,16 @@ def test_a_4_bit_adapter_goes_onto_the_weights_it_was_trained_on(make, tmp_path,
     assert "on 4 held-out rows" in printed and f"{table['as trained']['loss']:.4f}" in printed
     assert 0 < found["verified"]["mean_kl"] < 1e-4 and "same top token" in printed
 
-    script, folder = load_script("merge_model"), tmp_path / "merged"
     from transformers import AutoModelForCausalLM
 
+    script, folder = load_script("merge_model"), tmp_path / "merged"
     record = json.loads((adapter / "finetune_config.json").read_text(encoding="utf-8"))
-    trained, tokenizer = script.load(
-        adapter, record, "as trained"
-    )  # in 4 bits: the function that was trained
+    trained, tokenizer = script.load(str(adapter), record, "as trained")  # in 4 bits
     expected = script.logits_on_prompts(trained, tokenizer)
-    off = script.logits_on_prompts(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), tokenizer)
-    original = script.merge(script.load(str(adapter), record, "original")[0], "float32")
-    assert (off - expected).abs().mean() < 0.3 * (
-        script.logits_on_prompts(original, tokenizer) - expected
-    ).abs().mean()
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    other = script.merge(script.load(str(adapter), record, "original")[0], "float32")
+    near, far = (script.logits_on_prompts(model, tokenizer) - expected for model in (merged, other))
+    assert near.abs().mean() < 0.3 * far.abs().mean()
 
     assert sorted(path.name for path in folder.iterdir()) == [
         *("Modelfile", "README.md", "chat_template.jinja", "config.json", "finetune_config.json"),
@@ -83,35 +80,30 @@ def test_a_4_bit_adapter_goes_onto_the_weights_it_was_trained_on(make, tmp_path,
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2]
     assert "dequantized weights" in (folder / "README.md").read_text(encoding="utf-8")
     modelfile = (folder / "Modelfile").read_text(encoding="utf-8")
-    assert (
-        'SYSTEM """You know chips. 你懂芯片。"""' in modelfile and 'PARAMETER stop "<|im_end|>"' in modelfile
-    )
+    assert 'SYSTEM """You know chips. 你懂芯片。"""' in modelfile
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile
 
 
 @pytest.mark.parametrize("kind", ["dora", "rslora", "modules_to_save", "added tokens", "untied"])
-def test_in_float32_the_merged_model_is_the_adapter(kind, make, base, tmp_path):
+def test_in_float32_the_merged_model_is_the_adapter(kind, base, tmp_path):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     lora = {"dora": {"use_dora": True}, "rslora": {"use_rslora": True}}.get(kind, {})
+    place = base
     if kind == "modules_to_save":
         lora = {"modules_to_save": ["lm_head"]}
-    if kind == "added tokens":
-        lora = {"modules_to_save": ["embed_tokens", "lm_head"]}
-        tokenizer = AutoTokenizer.from_pretrained(base)
+    elif kind == "untied":
+        place = build_model("qwen2", tmp_path / "untied", tie_word_embeddings=False)
+    elif kind == "added tokens":
+        lora, place = {"modules_to_save": ["embed_tokens", "lm_head"]}, tmp_path / "grown"
+        tokenizer, grown = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
         tokenizer.add_tokens([f"<new{n}>" for n in range(9)])
-        grown = AutoModelForCausalLM.from_pretrained(base)
         grown.resize_token_embeddings(len(tokenizer))
-        grown.save_pretrained(tmp_path / "grown")
-        tokenizer.save_pretrained(tmp_path / "grown")
-    if kind == "untied":
-        adapter = build_adapter(
-            build_model("qwen2", tmp_path / "b", tie_word_embeddings=False), tmp_path / "run" / "a"
-        )
-    else:
-        adapter = make(**lora)
+        grown.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+    adapter = build_adapter(place, tmp_path / "run" / "a", **lora)
     if kind == "added tokens":
-        adapter = build_adapter(tmp_path / "grown", tmp_path / "run2" / "a", **lora)
         change(adapter / "adapter_config.json", base_model_name_or_path=str(base))
     perturb(adapter, "lm_head", 1.5)
     found = merge(adapter, tmp_path / "merged", dtype="float32")
@@ -130,10 +122,7 @@ def test_without_a_record_it_says_what_it_takes_and_obeys(make, tmp_path, capsys
     (adapter / "finetune_config.json").unlink()
     found = merge(adapter, tmp_path / "one")
     assert (found["base_weights"], found["dtype"], found["measured"]) == ("original", "bfloat16", [])
-    assert (
-        "no held-out rows to measure by: taking original base weights, stored as bfloat16"
-        in capsys.readouterr().out
-    )
+    assert "no held-out rows to measure by: taking original" in capsys.readouterr().out
     found = merge(adapter, tmp_path / "two", base_weights="dequantized", dtype="float16")
     assert (found["base_weights"], found["dtype"]) == ("dequantized", "float16")
     assert json.loads((tmp_path / "two" / "config.json").read_text())["dtype"] == "float16"
@@ -149,21 +138,12 @@ def test_without_a_record_it_says_what_it_takes_and_obeys(make, tmp_path, capsys
     ],
 )
 def test_float16_needs_a_reason_and_room(losses, largest, taken, tiny_adapter, monkeypatch):
-    script = load_script("merge_model")
+    script, losses = load_script("merge_model"), {"trained": 0.41} | losses
     monkeypatch.setattr(script, "load", lambda *_: ("trained", None))
     monkeypatch.setattr(script, "merge", lambda model, dtype: dtype)
-    monkeypatch.setattr(
-        script, "held_out_loss", lambda model, rows: ({"trained": 0.41, **losses}[model], largest)
-    )
-    record = json.loads((tiny_adapter / "finetune_config.json").read_text(encoding="utf-8"))
-    assert (
-        script.choose(
-            script.Config(adapter=str(tiny_adapter)),
-            json.loads((tiny_adapter / "adapter_config.json").read_text()),
-            record,
-        )[1]
-        == taken
-    )
+    monkeypatch.setattr(script, "held_out_loss", lambda model, path, lines: (losses[model], largest))
+    peft, record = (script.read_json(tiny_adapter / f"{n}_config.json") for n in ("adapter", "finetune"))
+    assert script.choose(script.Config(adapter=str(tiny_adapter)), peft, record)[1] == taken
 
 
 def broken(kind: str, adapter: Path, output: Path) -> None:
@@ -173,12 +153,18 @@ def broken(kind: str, adapter: Path, output: Path) -> None:
         (adapter / "adapter_model.safetensors").write_bytes(b"\x90" * 500)
     elif kind == "other kind":
         change(adapter / "adapter_config.json", peft_type="IA3")
+    elif kind == "missing":
+        (adapter / "adapter_config.json").unlink()
     elif kind == "taken":
         output.mkdir()
     elif kind == "base gone":
         change(adapter / "adapter_config.json", base_model_name_or_path="no/body")
-    elif kind == "wrong sum":
-        perturb(adapter, "lora_A", 1.0)
+    elif kind == "row":
+        rows = adapter.parent / "held_out.jsonl"
+        rows.write_text(rows.read_text().split("\n")[0] + '\n{"input_ids": [1, 2]}\n')
+    elif kind == "strange id":
+        row = {"input_ids": [1, 99999], "labels": [-100, 3]}
+        (adapter.parent / "held_out.jsonl").write_text(json.dumps(row))
 
 
 @pytest.mark.parametrize(
@@ -189,28 +175,45 @@ def broken(kind: str, adapter: Path, output: Path) -> None:
         ("NaN", {}, "its loss is no number"),
         ("cut", {}, "Error while deserializing header"),
         ("other kind", {}, "no LoRA adapter there, but IA3"),
+        ("missing", {}, "no LoRA adapter there, but no adapter_config.json"),
         ("taken", {}, "exists and is no merged model"),
         ("base gone", {}, "no/body"),
+        ("row", {}, "held_out.jsonl:2: not a row of ids and labels: 'labels'"),
+        ("strange id", {}, "held_out.jsonl:1: not a row of ids and labels"),
         ("wrong sum", {}, "not what was trained: mean KL"),
     ],
 )
-def test_what_can_not_be_merged_gets_a_line_and_leaves_nothing(
-    kind, lora, words, make, tmp_path, monkeypatch
-):
+def test_what_can_not_be_merged_leaves_nothing(kind, lora, words, make, tmp_path, monkeypatch):
     script, adapter, output = load_script("merge_model"), make(**lora), tmp_path / "out" / "merged"
     output.parent.mkdir()
     broken(kind, adapter, output)
     if kind == "wrong sum":
         right = script.merge
-        monkeypatch.setattr(script, "merge", lambda model, dtype: perturbed(right(model, dtype)))
+        monkeypatch.setattr(script, "merge", lambda model, dtype: right(model, dtype).apply(shrink))
     with pytest.raises((ValueError, OSError), match=words):
         merge(adapter, output, dtype="float32")
     assert [path.name for path in output.parent.iterdir()] == ["merged"] * (kind == "taken")
 
 
-def perturbed(model):
-    model.model.layers[0].mlp.up_proj.weight.data *= 1.2
-    return model
+def shrink(layer) -> None:
+    if hasattr(layer, "down_proj"):
+        layer.down_proj.weight.data *= 0.8
+
+
+def test_an_earlier_merge_is_kept_until_the_new_one_is_there(make, tmp_path, monkeypatch):
+    adapter, output, right = make(), tmp_path / "merged", Path.rename
+    merge(adapter, output, dtype="float32")
+
+    def stopped(path: Path, place: Path) -> None:
+        right(path, place)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", stopped)
+        merge(adapter, output, dtype="float16")
+    assert not output.exists() and (tmp_path / "merged.replaced" / "model.safetensors").is_file()
+    assert merge(adapter, output, dtype="bfloat16")["dtype"] == "bfloat16"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "run"]
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma", "gemma3", "phi3", "qwen2_5"])
@@ -229,18 +232,17 @@ def test_ollama_is_told_the_chat_template(name):
     first, _, other = written.partition("{{ else }}")
     other, _, rest = other.partition("{{ end }}")
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
-    chat, first = (chat[1:], other) if name == "gemma" else (chat, first)  # Gemma 2 refuses a system message
+    chat, first = (chat[1:], other) if name == "gemma" else (chat, first)  # Gemma 2 has no system message
     written = first + rest.partition("{{ .Response")[0]
     rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert written == rendered.removeprefix("<s>") and f'PARAMETER stop "{end}"' in text
 
 
-def test_as_a_person_runs_it(tmp_path):
-    wrong = run_script("merge_model.py", "--dtype", "int8", cwd=tmp_path)
-    assert wrong.returncode == 2 and "invalid choice: 'int8'" in wrong.stderr
-    missing = run_script("merge_model.py", cwd=tmp_path)
-    words = "error: outputs/checkpoint-final: no LoRA adapter there, but no adapter_config.json\n"
-    assert missing.returncode == 1 and missing.stderr == words
+def test_quotes_that_would_end_the_system_prompt_are_no_modelfile(capsys):
+    tokenizer = build_tokenizer()
+    load_script("qwen_finetuning").set_defaults(tokenizer, 'Write """docstrings""".')
+    assert load_script("merge_model").modelfile(tokenizer, ["<|im_end|>"]) == ""
+    assert "no Modelfile: Ollama can not be told" in capsys.readouterr().out
 
 
 OLDER = """

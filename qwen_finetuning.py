@@ -46,7 +46,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import get_type_hints
 
@@ -960,20 +960,26 @@ def training_args(config: FinetuneConfig, plan: dict):
 def load_base(config: FinetuneConfig, stop_ids: set[int]):
     """The base model on this process's device, in NF4 (arXiv:2305.14314) for QLoRA."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils import is_flash_attn_2_available
 
     cuda, dtype = torch.cuda.is_available(), getattr(torch, config.dtype)
     place = {"": int(os.environ.get("LOCAL_RANK", 0)) if cuda else "cpu"}
     flash = cuda and config.dtype == "bfloat16" and is_flash_attn_2_available()
-    options = {"dtype": dtype, "attn_implementation": "flash_attention_2" if flash else "sdpa"}
+    remote = {"trust_remote_code": config.trust_remote_code}
+    text = AutoConfig.from_pretrained(config.model_name, **remote).get_text_config()
+    special = [getattr(text, name, None) for name in ("sliding_window", "attn_logit_softcapping")]
+    AttentionInterface.register("by_rows", attend_by_rows)
+    attention = "flash_attention_2" if flash else "sdpa" if cuda or any(special) else "by_rows"
+    options = {"dtype": dtype, "attn_implementation": attention}
     options |= {"device_map": None if is_deepspeed_zero3_enabled() else place, "use_safetensors": True}
     if config.load_in_4bit:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
-    options |= {"trust_remote_code": config.trust_remote_code, "output_loading_info": True}
-    model, report = AutoModelForCausalLM.from_pretrained(config.model_name, **options)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        config.model_name, **options, **remote, output_loading_info=True
+    )
     if missing := sorted(report["missing_keys"]):  # which the library would fill with random numbers
         raise ValueError(f"{config.model_name} lacks {len(missing)} of its weights, such as {missing[0]}")
     for module in model.modules():
@@ -985,6 +991,33 @@ def load_base(config: FinetuneConfig, stop_ids: set[int]):
     own = own if isinstance(own, list) else [] if own is None else [own]
     model.generation_config.eos_token_id = sorted(stop_ids | set(own))
     return model
+
+
+def attend_by_rows(module, query, key, value, mask, scaling=None, dropout=0.0, cu_seq_lens_q=None, **options):
+    """Causal attention on a CPU: rows that lie end to end (`cu_seq_lens_q` says where) attend each to itself.
+
+    Tensors are (1, heads, tokens, width), the result (1, tokens, heads, width). Plain matrix products make a
+    step 1.6 times as fast as PyTorch's kernel; long rows would keep too large a square in memory.
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if cu_seq_lens_q is None:  # an answer is generated, to one prompt at a time
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **options)
+    key, value = (part.repeat_interleave(query.size(1) // part.size(1), dim=1) for part in (key, value))
+    rows, barred, scaling = [], float("-inf"), scaling or query.size(-1) ** -0.5
+    for begin, end in pairwise(cu_seq_lens_q.tolist()):
+        q, k, v = (part[0, :, begin:end] for part in (query, key, value))
+        if end - begin > 1024:
+            rows.append(
+                scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+            )
+            continue
+        future = torch.full((end - begin, end - begin), barred, dtype=q.dtype).triu(1)
+        shares = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scaling).softmax(-1)
+        rows.append(torch.nn.functional.dropout(shares, dropout) @ v)
+    return torch.cat(rows, dim=1).transpose(0, 1)[None], None
 
 
 # ------------------------------------------------------------------------------------------ training

@@ -46,7 +46,7 @@ def settings(four_bit: bool, model: Path = Path()) -> training.FinetuneConfig:
 
 def times_of(logs: list[dict]) -> tuple[float, list[float]]:
     """(seconds in the training loop, loss of each step) from what a Trainer has logged."""
-    seconds = next(float(log["train_runtime"]) for log in logs if "train_runtime" in log)
+    seconds = [float(log["train_runtime"]) for log in logs if "train_runtime" in log][-1]
     return seconds, [float(log["loss"]) for log in logs if "loss" in log]
 
 

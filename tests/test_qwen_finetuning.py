@@ -219,6 +219,26 @@ def test_the_loss_on_a_cpu_is_the_one_that_trl_computes(tmp_path, tiny_qwen2, mo
     assert found[0] == pytest.approx(found[1], rel=1e-4) and len(found[0]) > 10
 
 
+def test_rows_that_lie_end_to_end_attend_each_to_itself(tiny_qwen2):
+    """On a CPU by plain products, long rows by PyTorch's kernel: the same logits as each row alone."""
+    import torch
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register("by_rows", training.attend_by_rows)
+    options = {"dtype": torch.float64, "max_position_embeddings": 4096}
+    joined = AutoModelForCausalLM.from_pretrained(tiny_qwen2, attn_implementation="by_rows", **options)
+    alone = AutoModelForCausalLM.from_pretrained(tiny_qwen2, attn_implementation="eager", **options)
+    rows = [torch.randint(5, 300, (length,)) for length in (3, 1100, 40)]
+    places = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    ends = torch.tensor([0, 3, 1103, 1143], dtype=torch.int32)
+    with torch.no_grad():
+        logits = joined(
+            torch.cat(rows)[None], position_ids=places, cu_seq_lens_q=ends, use_cache=False
+        ).logits[0]
+        wanted = torch.cat([alone(row[None]).logits[0] for row in rows])
+    assert torch.allclose(logits, wanted, atol=1e-6)  # eager computes its softmax in float32
+
+
 def test_a_step_that_is_not_finite_is_not_taken_and_its_rows_are_named(tmp_path, tiny_qwen2, monkeypatch):
     write_jsonl(tmp_path / "data.jsonl", records(12))
     sparse = training.sparse_trainer()

@@ -172,6 +172,9 @@ class Talk:
             base.generate(self.turns[-2])
         finally:
             self.model.enable_adapters()
+            for module in self.model.modules():  # which leaves what modules_to_save saved switched off
+                if hasattr(module, "modules_to_save"):
+                    module.enable_adapters(True)
 
     def ask(self, text: str) -> None:
         """Stream an answer; both join the conversation. One that was cut has weight 0: it is not learnt."""

@@ -162,17 +162,21 @@ def rows_to_judge(config: Config) -> tuple[list[dict], dict]:
             rows = list(read_rows(run["held_out"], config.skip_bad_rows).values())
             note(f"{len(rows)} rows as training stored them; --eval_ratio and --seed choose none of them")
             return rows[: config.limit], {"path": run["held_out"]}
+        note(
+            f"{run['held_out']} is not there: the training's split is made again, by --eval_ratio and --seed"
+        )
+        return fresh_rows(source, None, config)
     return fresh_rows(source, Path(run.get("trained_on", "")), config)
 
 
-def fresh_rows(source: str, trained_on: Path, config: Config) -> tuple[list[dict], dict]:
+def fresh_rows(source: str, trained_on: Path | None, config: Config) -> tuple[list[dict], dict]:
     """A share of the rows that training did not use, by the digests in `trained_on`, and facts about them."""
     from datasets import Dataset
 
     rows, used = read_rows(source, config.skip_bad_rows), set()
-    if trained_on.is_file():
+    if trained_on and trained_on.is_file():
         used = set(trained_on.read_text(encoding="utf-8").split())
-    else:
+    elif trained_on:
         note("rows that the model was trained on can not be told from others: no list of them is there")
     fresh = [text for text in rows if hashlib.sha256(text.encode()).hexdigest()[:16] not in used]
     known = len(rows) - len(fresh)
@@ -232,7 +236,7 @@ def row_of(line: dict) -> dict:
     turns = record.get("messages") or record.get("conversations") or turns
     if record.get("system") and turns[0].get("role") != "system":
         turns = [{"role": "system", "content": record["system"]}, *turns]
-    if unread := NOT_JUDGED & set(record).union(*turns):
+    if unread := NOT_JUDGED & {key for item in (record, *turns) for key in item if item[key]}:
         raise ValueError(f"{', '.join(sorted(unread))}: this is not read here")
     messages = []
     for turn in turns:
@@ -403,7 +407,8 @@ def judge(answers, rows: list[dict], tokenizer, config: Config, library: dict) -
         values |= bleu(texts, references)
     for name, metric in library.items():
         found = metric.compute(predictions=texts, references=references)
-        values |= {key if key == name else f"{name}_{key}": value for key, value in found.items()}
+        found = {key if key == name else f"{name}_{key}": value for key, value in found.items()}
+        values |= {f"{key} (library)" if key in values else key: value for key, value in found.items()}
     return values, scores
 
 

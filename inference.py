@@ -127,6 +127,8 @@ def load_model(name: str):
 
 def prompt_of(record: dict, config: Config, tokenizer) -> list[int]:
     """Token ids of a question that waits for its answer; control tokens that a person typed stay text."""
+    from jinja2 import TemplateError
+
     question = "\n补充信息：".join(record[key] for key in ("instruction", "input") if record.get(key))
     messages = record.get("messages") or [{"role": "user", "content": question}]
     while messages and messages[-1]["role"] == "assistant":  # a training record brings its answer along
@@ -136,13 +138,18 @@ def prompt_of(record: dict, config: Config, tokenizer) -> list[int]:
     if config.system_prompt:
         others = [message for message in messages if message["role"] != "system"]
         messages = [{"role": "system", "content": config.system_prompt}, *others]
+    elif record.get("system") and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": record["system"]}, *messages]
     options, template = {"tools": record.get("tools") or None}, str(tokenizer.chat_template)
     if config.thinking != "auto":
         if "enable_thinking" not in template or "set enable_thinking" in template[:30]:
             raise ValueError("--thinking: the chat template has no enable_thinking, or the training fixed it")
         options["enable_thinking"] = config.thinking == "on"
     options |= {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
-    return tokenizer.apply_chat_template(messages, **options)
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template refuses it: {error}") from None
 
 
 def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, **options) -> list[tuple]:
@@ -154,6 +161,7 @@ def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, **opt
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     options |= {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
+    options |= {"top_k": 0, "repetition_penalty": 1.0}  # whatever the model's own settings say
     output = model.generate(**batch, max_new_tokens=room, do_sample=config.temperature > 0, **options)
     stop, answers = model.generation_config.eos_token_id, []
     stop = stop if isinstance(stop, list) else [stop]
@@ -174,9 +182,16 @@ def answer_file(config: Config, model, tokenizer) -> None:
     """Answer a file of questions, longest first. What is done lies in OUTPUT.partial until all are: a killed
     run goes on from there."""
     lines = Path(config.input_file).read_text(encoding="utf-8-sig").split("\n")
-    records = [json.loads(line) for line in lines if line.strip()]
-    prompts = [prompt_of(record, config, tokenizer) for record in records]
-    keys, done = [str([n, prompt]) for n, prompt in enumerate(prompts)], {}
+    records, prompts, done = [], [], {}
+    for n, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                records.append(json.loads(line))
+                prompts.append(prompt_of(records[-1], config, tokenizer))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{config.input_file}:{n}: no question: {error}") from None
+    same = [config.model, config.max_new_tokens, config.temperature, config.top_p, config.seed]
+    keys = [str([n, prompt, *same]) for n, prompt in enumerate(prompts)]
     partial = Path(config.output_file + ".partial")
     if partial.is_file():
         lines = partial.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may have cut the last one
@@ -191,8 +206,10 @@ def answer_file(config: Config, model, tokenizer) -> None:
                 done[keys[n]] = {"answer": text, "ended": ended}
                 file.write(json.dumps([keys[n], done[keys[n]]]) + "\n")
     rows = [records[n] | done[key] for n, key in enumerate(keys)]
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, config.output_file)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path(config.output_file + ".whole").write_text(text, encoding="utf-8")
+    os.replace(config.output_file + ".whole", config.output_file)
+    partial.unlink()
     print(f"{len(rows)} answers: {config.output_file}", file=sys.stderr)
 
 

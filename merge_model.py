@@ -32,7 +32,7 @@ CARD = """---
 base_model: {base}
 library_name: transformers
 ---
-An adapter merged into `{base}` ({base_weights} weights), stored as {dtype}; its held-out loss was {loss}.
+An adapter, of held-out loss {loss}, merged into `{base}` ({base_weights} weights), stored as {dtype}.
 The base's licence applies. System prompt and stop tokens need not be told: the files bring them.
 
     vllm serve . --served-model-name my-model
@@ -149,7 +149,8 @@ def choose(config: Config, peft: dict, record: dict) -> tuple[str, str, list[dic
         raise ValueError(f"{config.adapter}: its loss is no number, it is broken; take another checkpoint")
     # nearest, not lowest: a lower loss on another base is luck on few rows
     best = min([measure(base, dtype) for base in bases], key=lambda row: row["away"])
-    if config.dtype == "auto" and best["away"] > NEAR and best["largest"] <= ROOM:
+    other = config.dtype == "auto" and best["dtype"] != "float16"
+    if other and best["away"] > NEAR and best["largest"] <= ROOM:
         finer = measure(best["base"], "float16")
         best = finer if best["away"] - finer["away"] > NEAR else best
     if best["away"] > NEAR:

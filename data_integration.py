@@ -78,8 +78,8 @@ def main(config: Config) -> None:
     paths = {"reports": config.my_report_data_path, "orca": config.orca_data_path}
     paths |= {"pubmed": config.pubmed_data_path, "input": config.input}
     known, shares = (["input"], ["input=1"]) if config.input else (list(RATIOS), config.ratios)
-    ratios = {name: float(share) for name, _, share in (text.partition("=") for text in shares)}
-    ratios = {name: share for name, share in ratios.items() if share}
+    pairs = [text.partition("=")[::2] for text in shares]
+    ratios = {name: float(share) for name, share in pairs if float(share)}
     if set(ratios) - set(known) or round(sum(ratios.values()), 6) != 1 or min(ratios.values()) < 0:
         raise ValueError(f"--ratios {ratios}: the names are {', '.join(RATIOS)}, the shares add up to 1")
     rng, pools, seen, rejects, mix = random.Random(config.seed), {}, {}, [], []
@@ -96,16 +96,15 @@ def main(config: Config) -> None:
         mix.append(pools[name].pop())
         table[name][-1] += 1
     rng.shuffle(mix)
-    default = f"data/processed/{Path(config.input).resolve().name.partition('.')[0]}.jsonl"
-    output = config.output or (default if config.input else config.output_file)
+    own = config.input and f"data/processed/{Path(config.input).resolve().name.partition('.')[0]}.jsonl"
+    output = config.output or own or config.output_file
     if any(Path(output).resolve().is_relative_to(Path(paths[name]).resolve()) for name in ratios):
         raise ValueError(f"{output} is, or lies in, what is read; name another place for it")
     write_lines(f"{output}.rejected.jsonl", [json.dumps(reject).encode() + b"\n" for reject in rejects])
     if not mix:
         raise ValueError(f"no row is good; see {output}.rejected.jsonl")
     write_lines(output, mix)
-    for name, row in table.items():
-        print(f"{name:10}" + "".join(f"{cell:>11}" for cell in row))
+    print("\n".join(f"{name:10}" + "".join(f"{cell:>11}" for cell in row) for name, row in table.items()))
     print(f"next: python qwen_finetuning.py --dataset_path {output}")
 
 

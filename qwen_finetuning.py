@@ -551,15 +551,11 @@ def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
     roles = [message["role"] for message in messages]
     if roles[:1] != ["user"] or "assistant" not in roles or "system" in roles:
         raise ValueError(f"roles are {roles}; expected user first, an assistant, system at the start alone")
-    messages = [{"role": "system", "content": system}] * bool(system) + messages
-    tools = [
-        t if "function" in t else {"type": "function", "function": t}
-        for t in objects(record, "tools", "functions")
-    ]
-    json.dumps(
-        [messages, tools], ensure_ascii=False
-    ).encode()  # half a character (a surrogate) is a ValueError
-    return messages, tools
+    tools = [tool.get("function", tool) for tool in objects(record, "tools", "functions")]
+    tools = [{"type": "function", "function": tool} for tool in tools]
+    conversation = [{"role": "system", "content": system}] * bool(system) + messages, tools
+    json.dumps(conversation, ensure_ascii=False).encode()  # half a character (a surrogate) is a ValueError
+    return conversation
 
 
 def message_of(item: dict) -> dict:
@@ -567,8 +563,7 @@ def message_of(item: dict) -> dict:
     name, weight = either(item, "role", "from"), either(item, "weight", "train", "loss")
     role = ROLES.get(str(name).lower())
     if role is None or weight not in (None, 0, 1):
-        known = f"known roles: {', '.join(ROLES)}; weights: 0, 1"
-        raise ValueError(f"a turn has the role {name!r} and the weight {weight!r}; {known}")
+        raise ValueError(f"role {name!r} or weight {weight!r} is none of {', '.join(ROLES)}; 0, 1")
     if role == "call":  # ShareGPT: the text of the turn is the call
         role, item = "assistant", {"tool_calls": either(item, "content", "value")}
     message = {"role": role, "content": text_of(item, "content", "value")}

@@ -34,11 +34,7 @@ def make_model(folder: Path, layers: int, width: int) -> None:
     tokenizer, heads = build_tokenizer(), max(width // 128, 2)
     sizes = {"hidden_size": width, "intermediate_size": round(width * 5.2857), "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": max(heads // 7, 1), "vocab_size": 152064}
-    ids = {
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-    }
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0, "bos_token_id": None}
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, **ids), dtype=torch.bfloat16)
     model.save_pretrained(folder)
@@ -62,19 +58,17 @@ def run(bare: bool, model: Path, folder: Path, steps: int, tokens: int) -> tuple
     """(seconds a step, peak bytes on the device) of one side."""
     import torch
 
-    config = training.FinetuneConfig(
-        model_name=str(model), dataset_path=str(folder / "rows.jsonl"), system_prompt=""
-    )
-    config.output_dir, config.model_dir, config.tokenizer_dir = (
-        str(folder / str(bare) / name) for name in "omt"
-    )
-    config.max_seq_length, config.max_steps, config.eval_ratio, config.save_strategy = (
-        tokens,
-        steps,
-        0.0,
-        "no",
-    )
-    config.gradient_accumulation_steps, config.load_best_model_at_end = 1, False
+    flags = [
+        "--model_name",
+        model,
+        "--dataset_path",
+        folder / "rows.jsonl",
+        "--output_dir",
+        folder / f"run-{bare}",
+    ]
+    flags += ["--max_seq_length", tokens, "--max_steps", steps, "--eval_ratio", 0, "--save_strategy", "no"]
+    flags += ["--gradient_accumulation_steps", 1, "--system_prompt", ""]
+    config = training.parse_args([str(flag) for flag in flags])
     training.quiet_libraries()
     tokenizer = training.load_tokenizer(config)
     data = training.prepare_data(config, tokenizer)
@@ -91,21 +85,14 @@ def run(bare: bool, model: Path, folder: Path, steps: int, tokens: int) -> tuple
             "max_steps",
             "learning_rate",
             "per_device_train_batch_size",
-            "gradient_checkpointing",
+            "optim",
+            "use_cpu",
         )
-        same = {
-            name: getattr(args, name) for name in (*names, "optim", "gradient_accumulation_steps", "use_cpu")
-        }
-        same |= {
-            "bf16": config.dtype == "bfloat16",
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
-        args = SFTConfig(**same, max_length=tokens, dataset_kwargs={"skip_prepare_dataset": True})
-        trainer = SFTTrainer(
-            base, args=args, train_dataset=plan["train_set"], peft_config=lora, callbacks=[timer]
-        )
+        names += ("gradient_checkpointing", "gradient_accumulation_steps", "save_strategy", "disable_tqdm")
+        same = {name: getattr(args, name) for name in names} | {"bf16": config.dtype == "bfloat16"}
+        same |= {"report_to": "none", "max_length": tokens, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        parts = {"train_dataset": plan["train_set"], "peft_config": lora, "callbacks": [timer]}
+        trainer = SFTTrainer(base, args=SFTConfig(**same), **parts)
     else:
         trainer = training.build_trainer(config, args, base, tokenizer, data, plan, {})
         trainer.add_callback(timer)
@@ -115,19 +102,15 @@ def run(bare: bool, model: Path, folder: Path, steps: int, tokens: int) -> tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     for name, default in (("layers", 28), ("width", 3584), ("tokens", 2048), ("steps", 13)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args, chance = parser.parse_args(), random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         folder, words = Path(folder), ["lamp", "chip", "gene", "euros", "芯片", "protein", "what", "12"]
         rows = [" ".join(chance.choices(words, k=args.tokens)) for _ in range(2 * args.steps)]
-        lines = [
-            json.dumps({"instruction": f"{n}", "output": row}, ensure_ascii=False)
-            for n, row in enumerate(rows)
-        ]
+        lines = [json.dumps({"instruction": f"{n}", "output": row}) for n, row in enumerate(rows)]
         (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
         spawn = multiprocessing.get_context("spawn")
         for side, job in (("", make_model), ("qwen_finetuning.py", False), ("bare SFTTrainer", True)):

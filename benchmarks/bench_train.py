@@ -37,9 +37,8 @@ FLAGS = [text for name, value in COMMON.items() for text in (f"--{name}", str(va
 
 def settings(four_bit: bool, model: Path = Path()) -> training.FinetuneConfig:
     """The script's settings with what it decides for this machine."""
-    config = training.FinetuneConfig(
-        model_name=str(model), load_in_4bit=four_bit, eval_ratio=0, max_seq_length=512
-    )
+    same = {"model_name": str(model), "load_in_4bit": four_bit, "eval_ratio": 0, "max_seq_length": 512}
+    config = training.FinetuneConfig(**same)
     training.decide_device(config)
     return config
 
@@ -55,14 +54,8 @@ def trl_sft(model: Path, folder: Path, four_bit: bool) -> tuple[float, list[floa
     import torch
 
     command = [sys.executable, "-c", "import sys; from trl.cli import main; sys.exit(main())", "sft", *FLAGS]
-    command += [
-        "--model_name_or_path",
-        model,
-        "--dataset_name",
-        folder / "data",
-        "--output_dir",
-        folder / "trl",
-    ]
+    command += ["--model_name_or_path", model, "--dataset_name", folder / "data"]
+    command += ["--output_dir", folder / "trl"]
     command += ["--use_peft", "--max_length", "512", "--report_to", "none"]
     command += [] if torch.cuda.is_available() else ["--use_cpu", "true"]
     command += ["--bf16", "false"] if settings(False).dtype == "float32" else []
@@ -79,12 +72,9 @@ def sft_trainer(model: Path, folder: Path, four_bit: bool) -> tuple[float, list[
     from trl import SFTConfig, SFTTrainer
 
     config = settings(True, model)
-    options = {"use_cpu": not torch.cuda.is_available()} | (
-        {"bf16": False} if config.dtype == "float32" else {}
-    )
-    args = SFTConfig(
-        str(folder / "trl"), max_length=512, report_to="none", disable_tqdm=True, **options, **COMMON
-    )
+    options = {"use_cpu": not torch.cuda.is_available(), "max_length": 512, "report_to": "none", **COMMON}
+    options |= {"bf16": False} if config.dtype == "float32" else {}
+    args = SFTConfig(str(folder / "trl"), disable_tqdm=True, **options)
     rows = load_dataset("json", data_files=str(folder / "data/train.jsonl"), split="train")
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=list(training.QWEN_LAYERS), task_type="CAUSAL_LM")
     trainer = SFTTrainer(training.load_base(config, set()), args=args, train_dataset=rows, peft_config=lora)
@@ -94,15 +84,8 @@ def sft_trainer(model: Path, folder: Path, four_bit: bool) -> tuple[float, list[
 
 def ours(model: Path, folder: Path, four_bit: bool) -> tuple[float, list[float]]:
     """qwen_finetuning.py with its own defaults."""
-    command = [
-        sys.executable,
-        ROOT / "qwen_finetuning.py",
-        "--model_name",
-        model,
-        "--max_seq_length",
-        "512",
-        *FLAGS,
-    ]
+    command = [sys.executable, ROOT / "qwen_finetuning.py", "--model_name", model, *FLAGS]
+    command += ["--max_seq_length", "512"]
     command += ["--dataset_path", folder / "data/train.jsonl", "--eval_ratio", "0", "--overwrite"]
     command += ["--load_in_4bit" if four_bit else "--no-load_in_4bit"]
     process = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, check=False)
@@ -151,9 +134,8 @@ def fresh(side, *args):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--data", type=Path, default=ROOT / "my_dataset.json", help="records of any shape")
     parser.add_argument("--rows", type=int, default=24)
@@ -174,9 +156,8 @@ def main() -> None:
                 for _ in range(args.runs):
                     for side, run in sides.items():
                         results.setdefault(side, []).append(fresh(run, model, Path(folder), kind == "qlora"))
-            speed = {
-                side: len(lines) / statistics.median(s for s, _ in result) for side, result in results.items()
-            }
+            seconds = {side: statistics.median(s for s, _ in result) for side, result in results.items()}
+            speed = {side: len(lines) / each for side, each in seconds.items()}
             for side, result in results.items():
                 times, last = " ".join(f"{s:.1f}" for s, _ in result), result[-1][1][-1]
                 print(f"{kind:<6}{side:<20}{speed[side]:6.2f} examples/s ({times} s), last loss {last:.3f}")

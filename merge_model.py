@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import math
 import shutil
 import sys
@@ -75,8 +76,13 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 def main(config: Config) -> None:
+    import transformers
     from safetensors import SafetensorError
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers has renamed
     adapter, output = Path(config.adapter), Path(config.output)
     peft, record = (read_json(adapter / f"{name}_config.json") for name in ("adapter", "finetune"))
     if (kind := peft.get("peft_type")) != "LORA":

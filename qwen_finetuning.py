@@ -805,9 +805,7 @@ def decide_device(config: FinetuneConfig) -> str:
     else:
         best = "bfloat16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "float32"
     config.dtype = best if config.dtype == "auto" else config.dtype
-    if config.deepspeed and not (
-        cuda and "RANK" in os.environ
-    ):  # accelerate would go on without it, in silence
+    if config.deepspeed and not (cuda and "RANK" in os.environ):  # accelerate would ignore it, in silence
         raise ValueError("--deepspeed needs CUDA GPUs and a launcher, such as torchrun --nproc_per_node=2")
     if cuda and config.optim == "adamw_8bit" and not config.deepspeed:
         config.optim = "paged_adamw_8bit"  # a peak of memory moves its states to the CPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -434,16 +435,13 @@ def test_what_can_not_work_is_said_before_training(tmp_path, tiny_qwen2, tiny_gp
         train(monkeypatch, tmp_path, small, "--max_seq_length", "512")
     with pytest.raises(ValueError, match="its tokenizer has no chat template; --template_path"):
         train(monkeypatch, tmp_path, tiny_gpt2)
-    with pytest.raises(ValueError, match="--deepspeed needs CUDA"):
-        train(
-            monkeypatch,
-            tmp_path,
-            tiny_qwen2,
-            "--max_seq_length",
-            "512",
-            "--deepspeed",
-            ROOT / "configs/deepspeed/ds_config.json",
-        )
+    zero = ("--max_seq_length", "512", "--deepspeed", ROOT / "configs/deepspeed/ds_config.json")
+    with pytest.raises(ValueError, match="deepspeed is not installed; its version stands in requirements"):
+        train(monkeypatch, tmp_path, tiny_qwen2, *zero)
+    real = importlib.util.find_spec
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="--deepspeed needs CUDA GPUs and"):
+        patch.setattr("importlib.util.find_spec", lambda name, *a: name == "deepspeed" or real(name, *a))
+        train(monkeypatch, tmp_path, tiny_qwen2, *zero)
     (tmp_path / "data/processed").mkdir(parents=True)
     (tmp_path / "data/processed/my_data.jsonl").touch()
     with pytest.raises(ValueError, match="no.jsonl: no such dataset; there is data/processed/my_data.jsonl"):

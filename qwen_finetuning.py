@@ -1031,11 +1031,10 @@ def build_trainer(config: FinetuneConfig, args, model, tokenizer, data: dict, pl
     parts = {"processing_class": tokenizer, "peft_config": lora, "callbacks": [progress]}
     trainer = sparse_trainer()(model=model, args=args, **sets, **parts)
     trainer.progress, progress.trainer = progress, trainer
-    if (
-        config.trace == "swanlab" and RANK == 0
-    ):  # whose callback asks for a run, and raises where none has begun
+    if config.trace == "swanlab" and RANK == 0:
         import swanlab
 
+        # transformers' callback for it asks for a run, and raises where none has begun
         swanlab.init(project="sft", experiment_name=args.run_name, config=record["settings"])
     trainer.remove_callback(PrinterCallback)
     if config.early_stopping_patience:

@@ -160,7 +160,9 @@ def rows_to_judge(config: Config) -> tuple[list[dict], dict]:
             raise ValueError(f"{config.model}: its training held no rows out; pass another --dataset_path")
         if Path(run["held_out"]).is_file():
             rows = list(read_rows(run["held_out"], config.skip_bad_rows).values())
-            note(f"{len(rows)} rows as training stored them; --eval_ratio and --seed choose none of them")
+            asked = (config.eval_ratio, config.seed) != (Config.eval_ratio, Config.seed)
+            without = "; --eval_ratio and --seed choose none of them" if asked else ""
+            note(f"{len(rows)} rows as training stored them{without}")
             return rows[: config.limit], {"path": run["held_out"]}
         note(
             f"{run['held_out']} is not there: the training's split is made again, by --eval_ratio and --seed"

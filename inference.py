@@ -119,6 +119,9 @@ def load_model(name: str):
             nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
             options["quantization_config"] = nf4
     model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
+    if adapter.is_file() and settings.get("use_dora"):  # reads weights that bitsandbytes repacks on some CPUs
+        for module in model.modules():
+            module.support_avx512bf16_for_cpu = False
     if Path(name, "generation_config.json").is_file():  # an adapter's own is not loaded by itself
         model.generation_config = transformers.GenerationConfig.from_pretrained(name)
     model.generation_config.use_cache = True  # some models are saved with it off, as in training

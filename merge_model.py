@@ -180,6 +180,8 @@ def load(adapter: str, record: dict, base_weights: str):
         nf4["bnb_4bit_compute_dtype"] = settings.get("dtype")
         options["quantization_config"] = BitsAndBytesConfig(**nf4)
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, **options)
+    for module in model.modules():  # else bitsandbytes repacks weights that DoRA reads
+        module.support_avx512bf16_for_cpu = False
     if base_weights == "dequantized":  # a merge into 4-bit layers would round once more
         model = PeftModel.from_pretrained(model.unload().dequantize(), adapter)
     base = model.peft_config["default"].base_model_name_or_path

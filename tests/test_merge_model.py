@@ -117,6 +117,20 @@ def test_in_float32_the_merged_model_is_the_adapter(kind, base, tmp_path):
     assert merged.config.tie_word_embeddings == (kind in ("dora", "rslora"))
 
 
+@pytest.mark.parametrize("name", ["inference", "chat", "evaluate", "merge_model"])
+def test_dora_reads_no_weights_that_bitsandbytes_repacks(name, base, tmp_path, monkeypatch):
+    from bitsandbytes.nn import Linear4bit
+
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    adapter, record = build_adapter(base, tmp_path / "a", use_dora=True), {"settings": {"load_in_4bit": True}}
+    (adapter / "finetune_config.json").write_text(json.dumps(record))
+    script = load_script(name)
+    merging = name == "merge_model"
+    model, _ = script.load(adapter, record, "as trained") if merging else script.load_model(str(adapter))
+    repack = [m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, Linear4bit)]
+    assert repack and not any(repack)
+
+
 def test_without_a_record_it_says_what_it_takes_and_obeys(make, tmp_path, capsys):
     adapter = make()
     (adapter / "finetune_config.json").unlink()

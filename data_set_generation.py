@@ -31,9 +31,6 @@ from itertools import islice
 from pathlib import Path
 from typing import get_type_hints
 
-from markdownify import markdownify
-from tqdm import tqdm
-
 TOTAL_SAMPLES = 240_000
 RATIOS = {"my_reports": 0.1, "orca": 0.3, "bio": 0.2, "ai": 0.2, "ic": 0.2}
 MY_REPORT_DATA_PATH = "my_dataset.json"
@@ -137,6 +134,8 @@ def main(config: Config) -> None:
 def sample(streams: dict[str, Iterator], config: Config) -> tuple[list[bytes], list[bytes], Counter]:
     """(lines of the mix, rejects, counts by share, source and what). The next row is for the share that is
     furthest behind its ratio; a row that fits several shares goes to the scarcest and waits there."""
+    from tqdm import tqdm
+
     ratios, lines, rejects, counts, seen = config.ratios, [], [], Counter(), set()
     waiting, found, taken = {share: deque() for share in ratios}, Counter(), dict.fromkeys(ratios, 0)
     with tqdm(total=config.total_samples, unit=" rows") as bar:
@@ -339,6 +338,8 @@ def from_stackexchange(row: dict, find, min_score: int) -> tuple[list[str], dict
 
 def markdown_of(html: str) -> str:
     """HTML as Markdown: code stays code, a link becomes its text, images go, formulas stay as they are."""
+    from markdownify import markdownify
+
     html = html.replace("<sup>", "^<sup>").replace("<sub>", "_<sub>")  # else 10<sup>9</sup> reads 109
     plain = {"escape_asterisks": False, "escape_underscores": False, "escape_misc": False}
     return markdownify(html, heading_style="ATX", strip=["a", "img"], bullets="-", **plain).strip()

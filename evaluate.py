@@ -34,9 +34,6 @@ from statistics import fmean, median
 from types import SimpleNamespace
 from typing import get_type_hints
 
-from jinja2 import Environment, TemplateError
-from tqdm import tqdm
-
 # Runs of Chinese; and what else stands without spaces: kana, Thai, Lao, Tibetan, Burmese, Khmer, emoji.
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 ALONE = re.compile("[\u3040-\u30ff\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\U0001f000-\U0001faff]")
@@ -215,6 +212,8 @@ def read_rows(path: str, skip: bool) -> dict[str, dict]:
 
 def usable(rows: list[dict], convert, skip: bool) -> list[dict]:
     """Each row with what `convert` finds in it. Raises ValueError naming ten bad ones, unless `skip`."""
+    from jinja2 import TemplateError
+
     good, bad = [], []
     for row in rows:
         try:
@@ -331,6 +330,7 @@ def with_ids(tokenizer, ends: list[int], limit: int, row: dict) -> dict:
 def mean_loss(model, examples: list[dict]) -> float:
     """Sum of -log p over all supervised tokens / their number, in nats."""
     import torch
+    from tqdm import tqdm
 
     total, count = 0.0, 0
     for example in tqdm(examples, desc="loss", disable=None, leave=False):
@@ -349,6 +349,8 @@ def answer_all(model, tokenizer, prompts, side: str, done: dict, file: Path, con
     A prompt that leaves less room in the model's positions than an answer may take is answered alone, so that
     no answer depends on --batch_size.
     """
+    from tqdm import tqdm
+
     # an answer's key is all that it depends on: what was answered under other settings does not count
     weights = [path.stat().st_mtime_ns for path in sorted(Path(config.model).glob("*.safetensors"))]
     keys = [json.dumps([side, config.model, weights, config.max_new_tokens, ids]) for ids in prompts]
@@ -472,6 +474,8 @@ def bleu(texts: list[str], references: list[str]) -> dict:
 
 def write_results(config: Config, source: dict, sides: dict, rows: list, predictions: list[dict]) -> None:
     """Write metrics.json, predictions.jsonl and report.html; print the scores."""
+    from jinja2 import Environment
+
     sizes = sorted(len(example["input_ids"]) for row in rows for example in row["examples"])
     p95, wide = sizes[math.ceil(0.95 * len(sizes)) - 1], sizes[-1] // 30 + 1  # for a picture of 30 bars
     facts = {"model": config.model, "dataset": source | {"evaluated": len(rows)}}

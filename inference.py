@@ -27,8 +27,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_type_hints
 
-from tqdm import tqdm
-
 INSTRUCTION = "用三句话解释什么是LoRA微调，以及它为什么节省显存。"
 
 
@@ -184,6 +182,8 @@ def printable(text: str) -> str:
 def answer_file(config: Config, model, tokenizer) -> None:
     """Answer a file of questions, longest first. What is done lies in OUTPUT.partial until all are: a killed
     run goes on from there."""
+    from tqdm import tqdm
+
     lines = Path(config.input_file).read_text(encoding="utf-8-sig").split("\n")
     records, prompts, done = [], [], {}
     for n, line in enumerate(lines, start=1):
@@ -199,11 +199,11 @@ def answer_file(config: Config, model, tokenizer) -> None:
     if partial.is_file():
         lines = partial.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may have cut the last one
         done = dict(map(json.loads, lines))
-    todo = [n for n in sorted(range(len(keys)), key=lambda n: -len(prompts[n])) if keys[n] not in done]
+    waiting = [n for n in sorted(range(len(keys)), key=lambda n: -len(prompts[n])) if keys[n] not in done]
     with open(partial, "w", encoding="utf-8", buffering=1) as file:  # each line at once
         file.writelines(json.dumps(pair) + "\n" for pair in done.items())
-        for start in tqdm(range(0, len(todo), config.batch_size), desc="batches", disable=None):
-            batch = todo[start : start + config.batch_size]
+        for start in tqdm(range(0, len(waiting), config.batch_size), desc="batches", disable=None):
+            batch = waiting[start : start + config.batch_size]
             answers = answers_to([prompts[n] for n in batch], config, model, tokenizer)
             for n, (text, _, ended) in zip(batch, answers, strict=True):
                 done[keys[n]] = {"answer": text, "ended": ended}

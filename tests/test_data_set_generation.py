@@ -182,7 +182,7 @@ def test_keywords_match_whole_words_in_their_spelling():
 
 
 def test_a_links_address_is_no_keyword_and_no_post_is_converted_before_it_matches(monkeypatch):
-    monkeypatch.setattr(script, "markdownify", lambda *_, **__: pytest.fail("converted"))
+    monkeypatch.setattr("markdownify.markdownify", lambda *_, **__: pytest.fail("converted"))
     post = STACK[8] | {"question": "<p>See <a href='http://x.org/AI/genome'>this</a></p>"}
     assert script.from_stackexchange(post, script.domain_finder(script.KEYWORDS), 2) == ([], {})
 

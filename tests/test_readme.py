@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,13 @@ def test_every_command_parses(page, monkeypatch):
                     assert "--help" in argv and end.code == 0, f"{page.name}: {command}"
         for file in re.findall(r"(?:python|bash) ((?:benchmarks|tests)/\S+)", command):
             assert (ROOT / file).is_file(), f"{page.name}: {command}"
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*.py")), ids=name_of)
+def test_help_needs_no_installed_library(script):
+    command = [sys.executable, "-I", "-S", script, "--help"]  # without site-packages
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES + CHINESE + OTHERS, ids=name_of)

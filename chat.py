@@ -24,7 +24,6 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_type_hints
 
 HELP = "/compare  /reset  /system TEXT  /save FILE.jsonl  /help  exit; Ctrl-C stops an answer, Ctrl-D leaves"
 
@@ -54,11 +53,10 @@ def parser_of(config_class: type) -> argparse.ArgumentParser:
     """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    kinds = get_type_hints(config_class)
     for f in fields(config_class):
         yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
-        options = (yes_no if kinds[f.name] is bool else {"type": kinds[f.name]}) | f.metadata
-        parser.add_argument(f"--{f.name}", default=f.default, **options)
+        options = yes_no if type(f.default) is bool else {"type": type(f.default)}
+        parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
     return parser
 
 
@@ -106,8 +104,7 @@ def main(config: Config) -> None:
 def load_model(name: str):
     """(model, tokenizer) of an adapter folder, a model folder or a hub id.
 
-    An adapter comes on its base, as adapter_config.json names it, and in 4 bits where the training had it so:
-    the adapter learnt to correct exactly those rounded weights.
+    An adapter comes on its base, in 4 bits where the training had it so: it learnt to correct those weights.
     """
     import torch
     import transformers
@@ -119,23 +116,19 @@ def load_model(name: str):
     bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16
     dtype = torch.bfloat16 if bfloat16 else torch.float16 if cuda else torch.float32
-    options, words = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, name
-    adapter, record = Path(name, "adapter_config.json"), Path(name, "finetune_config.json")
-    if adapter.is_file():
-        settings = json.loads(adapter.read_text(encoding="utf-8"))
-        options["revision"] = settings.get("revision") or "main"  # of the base
-        words = name if Path(name, "tokenizer_config.json").is_file() else settings["base_model_name_or_path"]
-        if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["settings"]["load_in_4bit"]:
-            nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-            nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
-            options["quantization_config"] = nf4
+    options, run = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, {}
+    if Path(name, "adapter_config.json").is_file() and Path(name, "finetune_config.json").is_file():
+        run = json.loads(Path(name, "finetune_config.json").read_text(encoding="utf-8"))["settings"]
+    if run.get("load_in_4bit"):
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
-    if adapter.is_file() and settings.get("use_dora"):  # reads weights that bitsandbytes repacks on some CPUs
-        for module in model.modules():
-            module.support_avx512bf16_for_cpu = False
+    for module in model.modules() if run.get("use_dora") else ():
+        module.support_avx512bf16_for_cpu = False  # else bitsandbytes repacks weights, which DoRA reads
     if Path(name, "generation_config.json").is_file():  # an adapter's own is not loaded by itself
         model.generation_config = transformers.GenerationConfig.from_pretrained(name)
     model.generation_config.use_cache = True  # some models are saved with it off, as in training
+    words = name if Path(name, "tokenizer_config.json").is_file() else model.name_or_path
     return model, transformers.AutoTokenizer.from_pretrained(words)
 
 

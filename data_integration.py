@@ -13,7 +13,6 @@ import argparse
 import csv
 import gzip
 import hashlib
-import io
 import json
 import os
 import random
@@ -22,7 +21,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_type_hints
 
 TOTAL_SAMPLES = 2000
 RATIOS = {"reports": 0.2, "orca": 0.5, "pubmed": 0.3}
@@ -66,11 +64,10 @@ def parser_of(config_class: type) -> argparse.ArgumentParser:
     """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    kinds = get_type_hints(config_class)
     for f in fields(config_class):
         yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
-        options = (yes_no if kinds[f.name] is bool else {"type": kinds[f.name]}) | f.metadata
-        parser.add_argument(f"--{f.name}", default=f.default, **options)
+        options = yes_no if type(f.default) is bool else {"type": type(f.default)}
+        parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
     return parser
 
 
@@ -148,36 +145,34 @@ def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
     In place of a row that can not be read comes a text that says why; a folder's other files are named.
     """
     path, name = Path(source), source.lower()
-    text = {"encoding": "utf-8-sig", "errors": "surrogateescape"}  # what is no UTF-8 is refused with its row
     if path.is_dir():
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        for file in sorted(filter(Path.is_file, path.rglob("*"))):
             if file.name.lower().endswith(DATA_ENDINGS):
                 yield from rows_of(str(file))
             else:
                 print(f"{file} is not read: data files end in {' '.join(DATA_ENDINGS)}", file=sys.stderr)
-        return
-    if name.endswith((".json", ".jsonl", ".gz")):
+    elif name.endswith((".json", ".jsonl", ".gz", ".csv")):
+        text = {"encoding": "utf-8-sig", "errors": "surrogateescape"}  # no UTF-8 is refused with its row
         with (gzip.open if name.endswith(".gz") else open)(path, "rt", **text) as file:
-            if name.endswith(".json") and file.read(1000).lstrip().startswith("["):
+            where = f"{source}, row "
+            if name.endswith(".csv"):
+                csv.field_size_limit(2**31 - 1)
+                rows = csv.DictReader(file)
+                rows = ("more cells than the header has" if None in row else row for row in rows)
+            elif name.endswith(".json") and file.read(1000).lstrip().startswith("["):
                 rows = from_json(path.read_text(**text))
                 if isinstance(rows, str):
                     raise ValueError(f"{source}: {rows}")
             else:
                 file.seek(0)
-                for n, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"{source}:{n}", from_json(line)
-                return
-    elif name.endswith(".csv"):
-        csv.field_size_limit(2**31 - 1)
-        rows = csv.DictReader(io.StringIO(path.read_text(**text)))
-        rows = ("more cells than the header has" if None in row else row for row in rows)
+                where, rows = f"{source}:", (from_json(line) if line.strip() else ... for line in file)
+            yield from ((f"{where}{n}", row) for n, row in enumerate(rows, 1) if row is not ...)
     else:
         from datasets import load_dataset
 
         kind = {"path": "parquet", "data_files": source} if name.endswith(".parquet") else {"path": source}
         rows = map(without_nulls, load_dataset(**kind, split="train"))
-    yield from ((f"{source}, row {n}", row) for n, row in enumerate(rows, 1))
+        yield from ((f"{source}, row {n}", row) for n, row in enumerate(rows, 1))
 
 
 # Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py

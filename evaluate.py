@@ -32,7 +32,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
-from typing import get_type_hints
 
 # Runs of Chinese; and what else stands without spaces: kana, Thai, Lao, Tibetan, Burmese, Khmer, emoji.
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
@@ -61,11 +60,11 @@ def setting(default, help: str, **options):
 @dataclass
 class Config:
     model: str = setting("Qwen_finetuning_model", "adapter folder, model folder or hub id")
-    dataset_path: str = setting(None, "a .jsonl or .json file; None takes the rows that training held out")
+    dataset_path: str = setting("", "a .jsonl or .json file, in place of the rows that training held out")
     output_dir: Path = setting(Path("evaluation_results"), "where the results go")
     eval_ratio: float = setting(0.1, "share of the rows to take where training stored none; 1: all")
     seed: int = setting(42, "which rows that are, as in training")
-    limit: int = setting(None, "judge by this many rows at most; None: all")
+    limit: int = setting(None, "judge by this many rows at most; None: all", type=int)
     skip_bad_rows: bool = setting(False, "leave out rows that can not be used, instead of stopping")
     max_seq_length: int = setting(2048, "cut longer rows for the loss; stored rows are as training cut them")
     rouge: bool = setting(False, "ROUGE-1, ROUGE-2 and ROUGE-L, with 95 % intervals")
@@ -87,11 +86,10 @@ def parser_of(config_class: type) -> argparse.ArgumentParser:
     """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    kinds = get_type_hints(config_class)
     for f in fields(config_class):
         yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
-        options = (yes_no if kinds[f.name] is bool else {"type": kinds[f.name]}) | f.metadata
-        parser.add_argument(f"--{f.name}", default=f.default, **options)
+        options = yes_no if type(f.default) is bool else {"type": type(f.default)}
+        parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
     return parser
 
 
@@ -130,11 +128,9 @@ def main(config: Config) -> None:
 
 def earlier_answers(file: Path, resume: bool) -> dict[str, list[str]]:
     """The answers that an evaluation left when it was killed, by what was asked (`answer_all`)."""
-    if not file.is_file():
-        return {}
-    if not resume:
+    if file.is_file() and not resume:
         raise ValueError(f"{file} is of an evaluation that was killed: pass --resume, or delete it")
-    lines = file.read_bytes().split(b"\n")[:-1]  # the last may be cut
+    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []  # the last may be cut
     file.write_bytes(b"".join(line + b"\n" for line in lines))
     try:
         return {asked: [text, stopped] for asked, text, stopped in map(json.loads, lines)}
@@ -144,49 +140,50 @@ def earlier_answers(file: Path, resume: bool) -> dict[str, list[str]]:
 
 def rows_to_judge(config: Config) -> tuple[list[dict], dict]:
     """(rows of `read_rows`, facts about their file): those that training stored, or others that it left."""
-    run, file = {"dataset": {"path": ""}, "settings": {}}, Path(config.model, "finetune_config.json")
-    try:
-        run |= json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is broken: {error}") from None
-    source = config.dataset_path or run["dataset"]["path"]
-    if not source:
-        raise ValueError(f"{config.model} names no rows to judge by; pass --model or --dataset_path")
-    if Path(source).resolve() == Path(run["dataset"]["path"]).resolve():
-        if run["settings"].get("eval_ratio") == 0:
-            raise ValueError(f"{config.model}: its training held no rows out; pass another --dataset_path")
-        if Path(run["held_out"]).is_file():
-            rows = list(read_rows(run["held_out"], config.skip_bad_rows).values())
-            asked = (config.eval_ratio, config.seed) != (Config.eval_ratio, Config.seed)
-            without = "; --eval_ratio and --seed choose none of them" if asked else ""
-            note(f"{len(rows)} rows as training stored them{without}")
-            return rows[: config.limit], {"path": run["held_out"]}
-        note(
-            f"{run['held_out']} is not there: the training's split is made again, by --eval_ratio and --seed"
-        )
-        return fresh_rows(source, None, config)
-    return fresh_rows(source, Path(run.get("trained_on", "")), config)
-
-
-def fresh_rows(source: str, trained_on: Path | None, config: Config) -> tuple[list[dict], dict]:
-    """A share of the rows that training did not use, by the digests in `trained_on`, and facts about them."""
     from datasets import Dataset
 
-    rows, used = read_rows(source, config.skip_bad_rows), set()
-    if trained_on and trained_on.is_file():
-        used = set(trained_on.read_text(encoding="utf-8").split())
-    elif trained_on:
+    record = Path(config.model, "finetune_config.json")
+    run = loads(record.read_text(encoding="utf-8"), record) if record.is_file() else {}
+    trained, used = run.get("dataset", {}).get("path", ""), set()
+    stored, listed = (Path(run.get(name, "-")) for name in ("held_out", "trained_on"))
+    source = config.dataset_path or trained
+    if not source:
+        raise ValueError(f"{config.model} names no rows to judge by; pass --model or --dataset_path")
+    own = Path(source).resolve() == Path(trained).resolve()
+    if own and run.get("settings", {}).get("eval_ratio") == 0:
+        raise ValueError(f"{config.model}: its training held no rows out; pass another --dataset_path")
+    if own and stored.is_file():
+        rows = list(read_rows(str(stored), config.skip_bad_rows).values())
+        asked = (config.eval_ratio, config.seed) != (Config.eval_ratio, Config.seed)
+        without = "; --eval_ratio and --seed choose none of them" if asked else ""
+        note(f"{len(rows)} rows as training stored them{without}")
+        return rows[: config.limit], {"path": str(stored)}
+    if own:
+        note(f"{stored} is not there: the training's split is made again, by --eval_ratio and --seed")
+    elif listed.is_file():
+        used = set(listed.read_text(encoding="utf-8").split())
+    else:
         note("rows that the model was trained on can not be told from others: no list of them is there")
+    rows = read_rows(source, config.skip_bad_rows)
     fresh = [text for text in rows if hashlib.sha256(text.encode()).hexdigest()[:16] not in used]
-    known = len(rows) - len(fresh)
+    facts = {"path": source, "rows": len(rows), "trained_on": len(rows) - len(fresh)}
     if config.eval_ratio != 1 and fresh:
         split = Dataset.from_dict({"text": fresh}).train_test_split(config.eval_ratio, seed=config.seed)
         fresh = list(split["test"]["text"])
-    note(f"{len(fresh)} of {len(rows)} rows of {source}; {known} that training used are left out")
+    note(
+        f"{len(fresh)} of {len(rows)} rows of {source}; {facts['trained_on']} that training used are left out"
+    )
     if not fresh:
         raise ValueError(f"{source}: no row is left to judge by")
-    facts = {"path": source, "rows": len(rows), "trained_on": known}
     return [rows[text] for text in fresh[: config.limit]], facts
+
+
+def loads(text: str, source: Path | str):
+    """What a JSON text means. Raises ValueError that names its file."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source} is broken: {error}") from None
 
 
 def note(text: str) -> None:
@@ -197,13 +194,9 @@ def read_rows(path: str, skip: bool) -> dict[str, dict]:
     """Rows of a file by their messages and tools as JSON text, of which training keeps digests."""
     if not path.endswith((".jsonl", ".json")):
         raise ValueError(f"{path}: what is judged by must be a .jsonl or .json file")
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        lines = map(json.dumps, json.loads(text)) if text.lstrip().startswith("[") else text.split("\n")
-    except ValueError as error:
-        raise ValueError(f"{path} is broken: {error}") from None
+    text, rows = Path(path).read_text(encoding="utf-8-sig"), {}
+    lines = map(json.dumps, loads(text, path)) if text.lstrip().startswith("[") else text.split("\n")
     lines = [{"where": f"{path}:{n}", "text": line} for n, line in enumerate(lines, 1) if line.strip()]
-    rows = {}
     for row in usable(lines, row_of, skip):
         text = json.dumps([row["messages"], row["tools"]], ensure_ascii=False)
         rows.setdefault(text, row | {"examples": []})["examples"] += row["examples"]
@@ -273,8 +266,7 @@ def library_metrics(names: tuple[str, ...]) -> dict:
 def load_model(name: str):
     """(model, tokenizer) of an adapter folder, a model folder or a hub id.
 
-    An adapter comes on its base, as adapter_config.json names it, and in 4 bits where the training had it so:
-    the adapter learnt to correct exactly those rounded weights.
+    An adapter comes on its base, in 4 bits where the training had it so: it learnt to correct those weights.
     """
     import torch
     import transformers
@@ -286,23 +278,19 @@ def load_model(name: str):
     bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16
     dtype = torch.bfloat16 if bfloat16 else torch.float16 if cuda else torch.float32
-    options, words = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, name
-    adapter, record = Path(name, "adapter_config.json"), Path(name, "finetune_config.json")
-    if adapter.is_file():
-        settings = json.loads(adapter.read_text(encoding="utf-8"))
-        options["revision"] = settings.get("revision") or "main"  # of the base
-        words = name if Path(name, "tokenizer_config.json").is_file() else settings["base_model_name_or_path"]
-        if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["settings"]["load_in_4bit"]:
-            nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-            nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
-            options["quantization_config"] = nf4
+    options, run = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, {}
+    if Path(name, "adapter_config.json").is_file() and Path(name, "finetune_config.json").is_file():
+        run = json.loads(Path(name, "finetune_config.json").read_text(encoding="utf-8"))["settings"]
+    if run.get("load_in_4bit"):
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
-    if adapter.is_file() and settings.get("use_dora"):  # reads weights that bitsandbytes repacks on some CPUs
-        for module in model.modules():
-            module.support_avx512bf16_for_cpu = False
+    for module in model.modules() if run.get("use_dora") else ():
+        module.support_avx512bf16_for_cpu = False  # else bitsandbytes repacks weights, which DoRA reads
     if Path(name, "generation_config.json").is_file():  # an adapter's own is not loaded by itself
         model.generation_config = transformers.GenerationConfig.from_pretrained(name)
     model.generation_config.use_cache = True  # some models are saved with it off, as in training
+    words = name if Path(name, "tokenizer_config.json").is_file() else model.name_or_path
     return model, transformers.AutoTokenizer.from_pretrained(words)
 
 

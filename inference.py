@@ -25,7 +25,6 @@ import sys
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_type_hints
 
 INSTRUCTION = "用三句话解释什么是LoRA微调，以及它为什么节省显存。"
 
@@ -59,11 +58,10 @@ def parser_of(config_class: type) -> argparse.ArgumentParser:
     """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    kinds = get_type_hints(config_class)
     for f in fields(config_class):
         yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
-        options = (yes_no if kinds[f.name] is bool else {"type": kinds[f.name]}) | f.metadata
-        parser.add_argument(f"--{f.name}", default=f.default, **options)
+        options = yes_no if type(f.default) is bool else {"type": type(f.default)}
+        parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
     return parser
 
 
@@ -93,8 +91,7 @@ def main(config: Config) -> None:
 def load_model(name: str):
     """(model, tokenizer) of an adapter folder, a model folder or a hub id.
 
-    An adapter comes on its base, as adapter_config.json names it, and in 4 bits where the training had it so:
-    the adapter learnt to correct exactly those rounded weights.
+    An adapter comes on its base, in 4 bits where the training had it so: it learnt to correct those weights.
     """
     import torch
     import transformers
@@ -106,23 +103,19 @@ def load_model(name: str):
     bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16
     dtype = torch.bfloat16 if bfloat16 else torch.float16 if cuda else torch.float32
-    options, words = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, name
-    adapter, record = Path(name, "adapter_config.json"), Path(name, "finetune_config.json")
-    if adapter.is_file():
-        settings = json.loads(adapter.read_text(encoding="utf-8"))
-        options["revision"] = settings.get("revision") or "main"  # of the base
-        words = name if Path(name, "tokenizer_config.json").is_file() else settings["base_model_name_or_path"]
-        if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["settings"]["load_in_4bit"]:
-            nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-            nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
-            options["quantization_config"] = nf4
+    options, run = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, {}
+    if Path(name, "adapter_config.json").is_file() and Path(name, "finetune_config.json").is_file():
+        run = json.loads(Path(name, "finetune_config.json").read_text(encoding="utf-8"))["settings"]
+    if run.get("load_in_4bit"):
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
-    if adapter.is_file() and settings.get("use_dora"):  # reads weights that bitsandbytes repacks on some CPUs
-        for module in model.modules():
-            module.support_avx512bf16_for_cpu = False
+    for module in model.modules() if run.get("use_dora") else ():
+        module.support_avx512bf16_for_cpu = False  # else bitsandbytes repacks weights, which DoRA reads
     if Path(name, "generation_config.json").is_file():  # an adapter's own is not loaded by itself
         model.generation_config = transformers.GenerationConfig.from_pretrained(name)
     model.generation_config.use_cache = True  # some models are saved with it off, as in training
+    words = name if Path(name, "tokenizer_config.json").is_file() else model.name_or_path
     return model, transformers.AutoTokenizer.from_pretrained(words)
 
 
@@ -131,29 +124,27 @@ def prompt_of(record: dict, config: Config, tokenizer) -> list[int]:
     from jinja2 import TemplateError
 
     question = "\n补充信息：".join(record[key] for key in ("instruction", "input") if record.get(key))
-    messages = record.get("messages") or [{"role": "user", "content": question}]
+    messages = list(record.get("messages") or [{"role": "user", "content": question}])
     while messages and messages[-1]["role"] == "assistant":  # a training record brings its answer along
-        messages = messages[:-1]
+        messages.pop()
     if not messages or not messages[-1].get("content"):
         raise ValueError("there is no question: expected instruction or messages")
-    if config.system_prompt:
+    if system := config.system_prompt or record.get("system"):
         others = [message for message in messages if message["role"] != "system"]
-        messages = [{"role": "system", "content": config.system_prompt}, *others]
-    elif record.get("system") and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": record["system"]}, *messages]
-    options, template = {"tools": record.get("tools") or None}, str(tokenizer.chat_template)
+        messages = [{"role": "system", "content": system}, *others]
+    options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
     if config.thinking != "auto":
+        template = str(tokenizer.chat_template)
         if "enable_thinking" not in template or "set enable_thinking" in template[:30]:
             raise ValueError("--thinking: the chat template has no enable_thinking, or the training fixed it")
         options["enable_thinking"] = config.thinking == "on"
-    options |= {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return tokenizer.apply_chat_template(messages, tools=record.get("tools") or None, **options)
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses it: {error}") from None
 
 
-def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, **options) -> list[tuple]:
+def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, streamer=None) -> list[tuple]:
     """(text, number of tokens, how it ended) of the answer to each prompt."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     room = min(config.max_new_tokens, positions - max(map(len, prompts)))
@@ -161,13 +152,14 @@ def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, **opt
         raise ValueError(f"a question leaves no room for an answer: the model has {positions} positions")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    options = {"top_k": 0, "repetition_penalty": 1.0}  # whatever the model's own settings say
     options |= {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
-    options |= {"top_k": 0, "repetition_penalty": 1.0}  # whatever the model's own settings say
-    output = model.generate(**batch, max_new_tokens=room, do_sample=config.temperature > 0, **options)
-    stop, answers = model.generation_config.eos_token_id, []
-    stop = stop if isinstance(stop, list) else [stop]
-    for ids in output[:, batch["input_ids"].shape[1] :].tolist():
-        tokens = next((n for n, token in enumerate(ids, 1) if token in stop), None)
+    options |= {"do_sample": config.temperature > 0, "max_new_tokens": room, "streamer": streamer}
+    output, answers = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].tolist(), []
+    stop = model.generation_config.eos_token_id
+    ends = stop if isinstance(stop, list) else [stop]
+    for ids in output:
+        tokens = next((n for n, token in enumerate(ids, 1) if token in ends), None)
         text = tokenizer.decode(ids[:tokens], skip_special_tokens=True).strip()
         answers.append((text, tokens or len(ids), "ended by itself" if tokens else "cut at the limit"))
     return answers
@@ -184,34 +176,31 @@ def answer_file(config: Config, model, tokenizer) -> None:
     run goes on from there."""
     from tqdm import tqdm
 
-    lines = Path(config.input_file).read_text(encoding="utf-8-sig").split("\n")
-    records, prompts, done = [], [], {}
-    for n, line in enumerate(lines, start=1):
+    records, prompts, done = [], {}, {}  # prompts and answers by all that an answer depends on
+    same = [config.model, config.max_new_tokens, config.temperature, config.top_p, config.seed]
+    for n, line in enumerate(Path(config.input_file).read_text(encoding="utf-8-sig").split("\n"), 1):
         try:
             if line.strip():
                 records.append(json.loads(line))
-                prompts.append(prompt_of(records[-1], config, tokenizer))
+                prompt = prompt_of(records[-1], config, tokenizer)
+                prompts[str([n, prompt, *same])] = prompt
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"{config.input_file}:{n}: no question: {error}") from None
-    same = [config.model, config.max_new_tokens, config.temperature, config.top_p, config.seed]
-    keys = [str([n, prompt, *same]) for n, prompt in enumerate(prompts)]
-    partial = Path(config.output_file + ".partial")
-    if partial.is_file():
-        lines = partial.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may have cut the last one
-        done = dict(map(json.loads, lines))
-    waiting = [n for n in sorted(range(len(keys)), key=lambda n: -len(prompts[n])) if keys[n] not in done]
+    partial, whole = (Path(f"{config.output_file}.{word}") for word in ("partial", "whole"))
+    if partial.is_file():  # a kill may have cut its last line
+        done = dict(map(json.loads, partial.read_text(encoding="utf-8").split("\n")[:-1]))
+    waiting = sorted(prompts.keys() - done.keys(), key=lambda key: (-len(prompts[key]), key))
     with open(partial, "w", encoding="utf-8", buffering=1) as file:  # each line at once
         file.writelines(json.dumps(pair) + "\n" for pair in done.items())
         for start in tqdm(range(0, len(waiting), config.batch_size), desc="batches", disable=None):
-            batch = waiting[start : start + config.batch_size]
-            answers = answers_to([prompts[n] for n in batch], config, model, tokenizer)
-            for n, (text, _, ended) in zip(batch, answers, strict=True):
-                done[keys[n]] = {"answer": text, "ended": ended}
-                file.write(json.dumps([keys[n], done[keys[n]]]) + "\n")
-    rows = [records[n] | done[key] for n, key in enumerate(keys)]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    Path(config.output_file + ".whole").write_text(text, encoding="utf-8")
-    os.replace(config.output_file + ".whole", config.output_file)
+            keys = waiting[start : start + config.batch_size]
+            answers = answers_to([prompts[key] for key in keys], config, model, tokenizer)
+            for key, (text, _, ended) in zip(keys, answers, strict=True):
+                done[key] = {"answer": text, "ended": ended}
+                file.write(json.dumps([key, done[key]]) + "\n")
+    rows = [record | done[key] for record, key in zip(records, prompts, strict=True)]
+    whole.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(whole, config.output_file)
     partial.unlink()
     print(f"{len(rows)} answers: {config.output_file}", file=sys.stderr)
 

@@ -22,7 +22,6 @@ import sys
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_type_hints
 
 PROMPTS = ("Who are you?", "用三句话解释什么是LoRA微调。", "Write a Python function that sorts a list.")
 LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-2}  # of the mean KL in nats, for rounding
@@ -63,11 +62,10 @@ def parser_of(config_class: type) -> argparse.ArgumentParser:
     """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    kinds = get_type_hints(config_class)
     for f in fields(config_class):
         yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
-        options = (yes_no if kinds[f.name] is bool else {"type": kinds[f.name]}) | f.metadata
-        parser.add_argument(f"--{f.name}", default=f.default, **options)
+        options = yes_no if type(f.default) is bool else {"type": type(f.default)}
+        parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
     return parser
 
 

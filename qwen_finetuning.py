@@ -27,7 +27,6 @@ import csv
 import gzip
 import hashlib
 import importlib.util
-import io
 import json
 import logging
 import math
@@ -48,13 +47,13 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import get_type_hints
 
 SYSTEM_PROMPT = (
     "你是一位跨领域专家，精通人工智能、集成电路与生物医学。"
     "请用准确、清晰、有条理的语言回答问题；没有把握时请直接说明。"
 )
 DTYPES, SWITCH = ("auto", "bfloat16", "float16", "float32"), ("auto", "on", "off")
+NO_ANSWER = "the assistant says nothing"
 QWEN_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 # What files and records may be.
@@ -162,30 +161,29 @@ class FinetuneConfig:
     overwrite: bool = setting(False, "replace what an earlier run wrote in output_dir")
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what would hurt only later."""
+        """Raises ValueError for what would hurt only later, all of it at once."""
         self.lora_target_modules = list(self.lora_target_modules)
-        if self.resume and self.overwrite:
-            raise ValueError("--resume and --overwrite exclude each other: go on with a run, or replace it")
-        if self.demo and self.config and not self.config.endswith("demo.yaml"):
-            raise ValueError("--demo and --config exclude each other: the demo is configs/demo.yaml")
-        if self.force_template and not self.template_path:
-            raise ValueError("--force_template needs --template_path: which template?")
-        best = self.load_best_model_at_end and self.eval_ratio and self.eval_strategy != "no"
-        odd_steps = self.save_strategy == "steps" and self.save_steps % max(self.eval_steps, 1)
-        if best and (self.save_strategy != self.eval_strategy or odd_steps):
-            raise ValueError(
-                "--load_best_model_at_end saves what was evaluated: save as often, or a multiple"
-            )
-        if self.early_stopping_patience and not best:
-            raise ValueError("--early_stopping_patience needs evaluations and --load_best_model_at_end")
-        if self.show_answers and self.deepspeed:
-            raise ValueError("--show_answers does not work with --deepspeed, which spreads the model")
-        if not 0 <= self.eval_ratio < 1:
-            raise ValueError(f"--eval_ratio is {self.eval_ratio}; it is a share, from 0 to below 1")
         folders = [os.path.normpath(name) for name in (self.output_dir, self.model_dir, self.tokenizer_dir)]
         self.output_dir, self.model_dir, self.tokenizer_dir = folders
-        if len(set(folders)) < 3:
-            raise ValueError("--output_dir, --model_dir and --tokenizer_dir must be three folders")
+        best = self.load_best_model_at_end and self.eval_ratio and self.eval_strategy != "no"
+        odd_steps = self.save_strategy == "steps" and self.save_steps % max(self.eval_steps, 1)
+        apart = best and (self.save_strategy != self.eval_strategy or odd_steps)
+        other = self.config and not self.config.endswith("demo.yaml")
+        faults = (
+            (self.resume and self.overwrite, "--resume and --overwrite exclude each other"),
+            (self.demo and other, "--demo and --config exclude each other: the demo is configs/demo.yaml"),
+            (self.force_template and not self.template_path, "--force_template needs --template_path"),
+            (apart, "--load_best_model_at_end saves what was evaluated: save as often, or a multiple"),
+            (
+                self.early_stopping_patience and not best,
+                "--early_stopping_patience needs a best evaluation",
+            ),
+            (self.show_answers and self.deepspeed, "--show_answers does not work with --deepspeed"),
+            (not 0 <= self.eval_ratio < 1, "--eval_ratio is a share, from 0 to below 1"),
+            (len(set(folders)) < 3, "--output_dir, --model_dir and --tokenizer_dir must be three folders"),
+        )
+        if found := [words for wrong, words in faults if wrong]:
+            raise ValueError("; ".join(found))
 
 
 # Same in: all nine scripts
@@ -193,11 +191,10 @@ def parser_of(config_class: type) -> argparse.ArgumentParser:
     """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    kinds = get_type_hints(config_class)
     for f in fields(config_class):
         yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
-        options = (yes_no if kinds[f.name] is bool else {"type": kinds[f.name]}) | f.metadata
-        parser.add_argument(f"--{f.name}", default=f.default, **options)
+        options = yes_no if type(f.default) is bool else {"type": type(f.default)}
+        parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
     return parser
 
 
@@ -224,29 +221,26 @@ def yaml_flags(file: str) -> list[str]:
         raise ValueError(f"{file}: no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{file}: expected lines such as 'lora_r: 16'")
-    entries = []
+    entries, known, flags = [], {f.name: f.default for f in fields(FinetuneConfig)}, {}
     for key, value in root.value:
         inner = value.value if isinstance(value, yaml.MappingNode) else [(None, value)]
         entries += [(f"{key.value}.{k.value}" if k else key.value, k or key, text) for k, text in inner]
-    kinds, flags = get_type_hints(FinetuneConfig), {}
     for full, key, value in entries:
         where, short = f"{file}:{key.start_mark.line + 1}", full.split(".")[-1]
         names = (full.replace(".", "_"), ALIASES.get(full), short, ALIASES.get(short))
-        name = next((name for name in names if name in kinds), None)
+        name = next((name for name in names if name in known), None)
         if name is None:
-            near = difflib.get_close_matches(full, [*kinds, *ALIASES], n=1, cutoff=0)[0]
+            near = difflib.get_close_matches(full, [*known, *ALIASES], n=1, cutoff=0)[0]
             raise ValueError(f"{where}: unknown setting {full!r}; the nearest known one is {near!r}")
         if name in flags or isinstance(value, yaml.MappingNode):
             raise ValueError(f"{where}: {name} is set twice, or holds a section")
         texts = value.value if isinstance(value, yaml.SequenceNode) else [value]
         texts = ["" if text.tag.endswith(":null") else text.value for text in texts]
-        if kinds[name] is bool:
-            no = {"true": "", "yes": "", "on": "", "false": "no-", "no": "no-", "off": "no-"}
-            if texts[0].lower() not in no:
+        flags[name] = [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
+        if type(known[name]) is bool:
+            flags[name] = [f"--{name}" if texts[0].lower() in ("true", "yes", "on") else f"--no-{name}"]
+            if texts[0].lower() not in ("true", "yes", "on", "false", "no", "off"):
                 raise ValueError(f"{where}: {name} is {texts[0]!r}; expected true or false")
-            flags[name] = [f"--{no[texts[0].lower()]}{name}"]
-        else:
-            flags[name] = [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
     return sum(flags.values(), [])
 
 
@@ -272,17 +266,17 @@ def main(config: FinetuneConfig) -> None:
     model = load_base(config, data["stop_ids"])
     trainer = build_trainer(config, args, model, tokenizer, data, plan, record)
     before = token_loss(trainer)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "terminated", True))
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.progress.terminated:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if trainer.terminated:
         trainer.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
         say("terminated; the newest checkpoint is whole, and --resume goes on from it")
         sys.exit(128 + signal.SIGTERM)
-    if not config.deepspeed:
-        cast_adapter(trainer.model)  # the best checkpoint comes back as float32
     record["losses"] = {"before": before, "after": token_loss(trainer)}
-    save_result(config, trainer, record)
+    save_result(config, trainer)
     if RANK == 0:
-        show_result(config, trainer, tokenizer, record, time.monotonic() - started)
+        show_result(config, trainer, time.monotonic() - started)
 
 
 def quiet_libraries() -> None:
@@ -333,9 +327,7 @@ def load_tokenizer(config: FinetuneConfig):
     elif file:
         say(f"{name} has a chat template of its own; --force_template would take {file}")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"{name}: its tokenizer has no chat template; --template_path takes one of templates/"
-        )
+        raise ValueError(f"{name}: its tokenizer has no chat template; --template_path takes one")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     set_defaults(tokenizer, config.system_prompt, config.thinking)
     return tokenizer
@@ -398,7 +390,8 @@ def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
     from datasets import Dataset
     from tqdm import tqdm
 
-    rows, ledger, faults = read_records(config.dataset_path)
+    ledger, faults = Counter(dict.fromkeys(LEDGER, 0)), []
+    rows = read_records(config.dataset_path, ledger, faults)
     stop_for(faults, config.skip_bad_rows)
     # split first, encode then: no length setting may move a row from one side to the other
     if config.eval_ratio and len(rows) < 2:
@@ -406,7 +399,8 @@ def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
     split = {"train": Dataset.from_dict({"text": list(rows), "where": list(rows.values())})}
     if config.eval_ratio:
         split = split["train"].train_test_split(test_size=config.eval_ratio, seed=config.split_seed)
-    data = {"train": [], "eval": [], "stop_ids": set(), "kinds": {}}
+    data = {"train": [], "eval": [], "stop_ids": set(), "kinds": {}, "ledger": ledger}
+    data["sha256"] = hashlib.sha256("\n".join(rows).encode()).hexdigest()
     data["digests"] = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in split["train"]["text"]]
     for part, source in zip(("train", "eval"), split.values(), strict=False):
         for row in tqdm(source, desc=f"encoding {part} rows", leave=False, disable=None):
@@ -429,26 +423,25 @@ def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
     assert ledger["rows_read"] == sum(ledger[fate] for fate in FATES), f"the ledger lost rows: {ledger}"
     if not data["train"]:
         raise ValueError(f"{config.dataset_path}: no row is left to train on: {dict(ledger)}")
-    sha256 = hashlib.sha256("\n".join(rows).encode()).hexdigest()
-    return data | {"ledger": dict(ledger), "sha256": sha256}
+    return data
 
 
-def read_records(source: str) -> tuple[dict[str, str], Counter, list[str]]:
-    """(rows, ledger, faults): each row's messages and tools as JSON text, with where it stands, as read."""
-    rows, ledger, faults = {}, Counter(dict.fromkeys(LEDGER, 0)), []
+def read_records(source: str, ledger: Counter, faults: list[str]) -> dict[str, str]:
+    """Where each row stands, by its messages and tools as JSON text. Adds to `ledger` and `faults`."""
+    rows = {}
     for where, record in rows_of(source):
         ledger["rows_read"] += 1
         try:
             text = json.dumps(messages_of(record), ensure_ascii=False)
         except ValueError as error:
-            ledger["empty_answer" if isinstance(error, EmptyAnswer) else "unreadable_or_wrong_shape"] += 1
+            ledger["empty_answer" if str(error) == NO_ANSWER else "unreadable_or_wrong_shape"] += 1
             faults.append(f"{where}: {error}")
             continue
         ledger["exact_duplicate"] += text in rows
         rows.setdefault(text, where)
     if not rows and not faults:
         raise ValueError(f"{source}: no rows in it")
-    return rows, ledger, faults
+    return rows
 
 
 def stop_for(faults: list[str], go_on: bool) -> None:
@@ -468,36 +461,34 @@ def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
     In place of a row that can not be read comes a text that says why; a folder's other files are named.
     """
     path, name = Path(source), source.lower()
-    text = {"encoding": "utf-8-sig", "errors": "surrogateescape"}  # what is no UTF-8 is refused with its row
     if path.is_dir():
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        for file in sorted(filter(Path.is_file, path.rglob("*"))):
             if file.name.lower().endswith(DATA_ENDINGS):
                 yield from rows_of(str(file))
             else:
                 print(f"{file} is not read: data files end in {' '.join(DATA_ENDINGS)}", file=sys.stderr)
-        return
-    if name.endswith((".json", ".jsonl", ".gz")):
+    elif name.endswith((".json", ".jsonl", ".gz", ".csv")):
+        text = {"encoding": "utf-8-sig", "errors": "surrogateescape"}  # no UTF-8 is refused with its row
         with (gzip.open if name.endswith(".gz") else open)(path, "rt", **text) as file:
-            if name.endswith(".json") and file.read(1000).lstrip().startswith("["):
+            where = f"{source}, row "
+            if name.endswith(".csv"):
+                csv.field_size_limit(2**31 - 1)
+                rows = csv.DictReader(file)
+                rows = ("more cells than the header has" if None in row else row for row in rows)
+            elif name.endswith(".json") and file.read(1000).lstrip().startswith("["):
                 rows = from_json(path.read_text(**text))
                 if isinstance(rows, str):
                     raise ValueError(f"{source}: {rows}")
             else:
                 file.seek(0)
-                for n, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"{source}:{n}", from_json(line)
-                return
-    elif name.endswith(".csv"):
-        csv.field_size_limit(2**31 - 1)
-        rows = csv.DictReader(io.StringIO(path.read_text(**text)))
-        rows = ("more cells than the header has" if None in row else row for row in rows)
+                where, rows = f"{source}:", (from_json(line) if line.strip() else ... for line in file)
+            yield from ((f"{where}{n}", row) for n, row in enumerate(rows, 1) if row is not ...)
     else:
         from datasets import load_dataset
 
         kind = {"path": "parquet", "data_files": source} if name.endswith(".parquet") else {"path": source}
         rows = map(without_nulls, load_dataset(**kind, split="train"))
-    yield from ((f"{source}, row {n}", row) for n, row in enumerate(rows, 1))
+        yield from ((f"{source}, row {n}", row) for n, row in enumerate(rows, 1))
 
 
 # Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
@@ -523,55 +514,49 @@ def from_json(text: str):
         return f"not JSON: {error}"
 
 
-class EmptyAnswer(ValueError):
-    """A record whose assistant says nothing."""
-
-
 def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
     """A record of any shape as (chat messages, tools). Raises ValueError that says what is wrong with it."""
     if not isinstance(record, dict):
         raise ValueError(f"no JSON object: {str(record)[:200]}")
-    items = objects(record, "messages", "conversations")
-    if not items:
-        asked, answers = ("instruction", "prompt", "input"), ("output", "response", "completion")
-        if not set(asked) & set(record) or not set(answers) & set(record):
+    turns = objects(record, "messages", "conversations")
+    if not turns:
+        parts = text_of(record, "instruction", "prompt"), text_of(record, "input")
+        last = ["\n补充信息：".join(filter(None, parts)), text_of(record, "output", "response", "completion")]
+        if not any(last):
             raise ValueError(f"unknown shape with keys {sorted(map(str, record))}")
-        question = [text_of(record, "instruction", "prompt"), text_of(record, "input")]
-        question = "\n补充信息：".join(part for part in question if part)
-        history, last = either(record, "history") or [], [question, text_of(record, *answers)]
+        history = either(record, "history") or []
         for pair in [*history, last] if isinstance(history, list) else [history]:
             if not isinstance(pair, list) or len(pair) != 2:
                 raise ValueError("history is no list of pairs, question and answer")
-            items += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    if unread := [key for item in (record, *items) for key in NOT_READ if item.get(key)]:
+            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    if unread := [key for item in (record, *turns) for key in NOT_READ if item.get(key)]:
         raise ValueError(f"{unread[0]!r} holds what can not be trained on here")
-    messages = [message_of(item) for item in items]
+    messages = [message_of(turn) for turn in turns]
     told = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
     system = text_of({"system": record.get("system"), "a system message": told}, "system", "a system message")
     roles = [message["role"] for message in messages]
     if roles[:1] != ["user"] or "assistant" not in roles or "system" in roles:
         raise ValueError(f"roles are {roles}; expected user first, an assistant, system at the start alone")
     tools = [tool.get("function", tool) for tool in objects(record, "tools", "functions")]
-    tools = [{"type": "function", "function": tool} for tool in tools]
-    conversation = [{"role": "system", "content": system}] * bool(system) + messages, tools
-    json.dumps(conversation, ensure_ascii=False).encode()  # half a character (a surrogate) is a ValueError
-    return conversation
+    conversation = [{"role": "system", "content": system}] * bool(system) + messages
+    json.dumps([conversation, tools], ensure_ascii=False).encode()  # half a character is a ValueError
+    return conversation, [{"type": "function", "function": tool} for tool in tools]
 
 
-def message_of(item: dict) -> dict:
+def message_of(turn: dict) -> dict:
     """A turn as role and content; an assistant's may have tool_calls, reasoning_content, weight 0."""
-    name, weight = either(item, "role", "from"), either(item, "weight", "train", "loss")
+    name, weight = either(turn, "role", "from"), either(turn, "weight", "train", "loss")
     role = ROLES.get(str(name).lower())
     if role is None or weight not in (None, 0, 1):
         raise ValueError(f"role {name!r} or weight {weight!r} is none of {', '.join(ROLES)}; 0, 1")
     if role == "call":  # ShareGPT: the text of the turn is the call
-        role, item = "assistant", {"tool_calls": either(item, "content", "value")}
-    message = {"role": role, "content": text_of(item, "content", "value")}
-    more = {"tool_calls": [call_of(call) for call in objects(item, "tool_calls", "function_call")]}
-    more |= {"reasoning_content": text_of(item, "reasoning_content", "reasoning", "thinking")}
-    more |= {"name": item.get("name"), "tool_call_id": item.get("tool_call_id")}
+        role, turn = "assistant", {"tool_calls": either(turn, "content", "value")}
+    message = {"role": role, "content": text_of(turn, "content", "value")}
+    more = {"tool_calls": [call_of(call) for call in objects(turn, "tool_calls", "function_call")]}
+    more |= {"reasoning_content": text_of(turn, "reasoning_content", "reasoning", "thinking")}
+    more |= {"name": turn.get("name"), "tool_call_id": turn.get("tool_call_id")}
     if role in ("user", "assistant") and not (message["content"] or more["tool_calls"]):
-        raise (EmptyAnswer if role == "assistant" else ValueError)(f"the {role} says nothing")
+        raise ValueError(NO_ANSWER if role == "assistant" else "the user says nothing")
     message |= {key: value for key, value in more.items() if value}
     return message | ({"weight": 0} if weight == 0 and role == "assistant" else {})
 
@@ -625,10 +610,11 @@ def encode(messages: list[dict], tokenizer, tools: list[dict] = (), train_on: st
     chat = partial(tokenizer.apply_chat_template, sanitize_control_tokens=True, return_dict=False)
     chat = partial(chat, tools=list(tools) or None)
     messages = [thought_apart(message, str(tokenizer.chat_template)) for message in messages]
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    silent = [i for i in turns if messages[i].get("weight") == 0 or (train_on == "last" and i != turns[-1])]
-    examples, counts = [], Counter(turns_without_loss=len(silent) + len(messages) - 1 - turns[-1])
-    for turn in (i for i in turns if i not in silent):
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    silent = [i for i in answers if messages[i].get("weight") == 0]
+    silent += [i for i in answers[:-1] if train_on == "last" and i not in silent]
+    examples, counts = [], Counter(turns_without_loss=len(silent) + len(messages) - 1 - answers[-1])
+    for turn in (i for i in answers if i not in silent):
         try:
             prompt, ids = chat(messages[:turn], add_generation_prompt=True), chat(messages[: turn + 1])
         except (TemplateError, TypeError) as error:
@@ -674,6 +660,13 @@ def close_turn(ids: list[int], start: int, tokenizer) -> tuple[list[int], int, i
     return ids, stop, end
 
 
+@lru_cache(maxsize=1)
+def special_ids(tokenizer) -> frozenset[int]:
+    """Ids of the tokens that a chat template alone writes: they stand within nothing that is said."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(id for id, token in added if token.special) | {tokenizer.eos_token_id}
+
+
 def check_written(message: dict, written: str) -> Counter:
     """Counts of calls and thoughts in a turn. Raises ValueError where `written`, what the template made of
     it, lacks the answer or a call; white space and the forms of a character (Unicode NFKC) may differ."""
@@ -689,13 +682,6 @@ def check_written(message: dict, written: str) -> Counter:
             raise ValueError(f"the chat template does not write the {what} {part[:60]!r}")
     shown = thought in plain(written)
     return Counter(calls=len(calls), thoughts=thought != "" and shown, thoughts_not_written=not shown)
-
-
-@lru_cache(maxsize=1)
-def special_ids(tokenizer) -> frozenset[int]:
-    """Ids of the tokens that a chat template alone writes: they stand within nothing that is said."""
-    added = tokenizer.added_tokens_decoder.items()
-    return frozenset(id for id, token in added if token.special) | {tokenizer.eos_token_id}
 
 
 def cut_examples(examples: list[dict], counts: Counter, stop_ids: set[int], config: FinetuneConfig):
@@ -765,12 +751,12 @@ def plan_run(config: FinetuneConfig, data: dict) -> dict:
         skeleton = AutoModelForCausalLM.from_config(base, **remote)
     examples, rows = data["train"] + data["eval"], skeleton.get_input_embeddings().num_embeddings
     longest = max(examples, key=lambda example: len(example["input_ids"]))
-    length = len(longest["input_ids"])
-    positions = getattr(base.get_text_config(), "max_position_embeddings", None)
-    if positions and length > positions:
+    length, highest = len(longest["input_ids"]), max(int(e["input_ids"].max()) for e in examples)
+    positions = getattr(base.get_text_config(), "max_position_embeddings", None) or length
+    if length > positions:
         found = f"{longest['where']} has {length} tokens, the model {positions} positions"
         raise ValueError(f"{found}: pass --max_seq_length {positions}")
-    if (highest := max(int(example["input_ids"].max()) for example in examples)) >= rows:
+    if highest >= rows:
         raise ValueError(f"the tokenizer gives token {highest}, and the model's embedding has {rows} rows")
 
     device, plan = decide_device(config), {"targets": decide_targets(config, skeleton)}
@@ -799,12 +785,12 @@ def decide_device(config: FinetuneConfig) -> str:
     if config.local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
     cpu, cuda = torch.cpu.get_capabilities(), torch.cuda.is_available()
+    bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        best = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    else:
-        best = "bfloat16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "float32"
-    config.dtype = best if config.dtype == "auto" else config.dtype
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.dtype == "auto":
+        config.dtype = "bfloat16" if bfloat16 else "float16" if cuda else "float32"
     if config.deepspeed and not (cuda and "RANK" in os.environ):  # accelerate would ignore it, in silence
         raise ValueError("--deepspeed needs CUDA GPUs and a launcher, such as torchrun --nproc_per_node=2")
     if cuda and config.optim == "adamw_8bit" and not config.deepspeed:
@@ -822,11 +808,10 @@ def decide_targets(config: FinetuneConfig, skeleton) -> list[str] | str:
     there = {name.split(".")[-1] for name, module in linear if module is not head}
     if set(wanted) <= there:
         return wanted
+    names = ", ".join(sorted(there))
     if wanted not in (list(QWEN_LAYERS), ["all-linear"]):
-        raise ValueError(
-            f"--lora_target_modules {' '.join(wanted)}: this model has {', '.join(sorted(there))}"
-        )
-    say(f"the adapter goes on all linear layers: {', '.join(sorted(there))}")
+        raise ValueError(f"--lora_target_modules {' '.join(wanted)}: this model has {names}")
+    say(f"the adapter goes on all linear layers: {names}")
     return "all-linear"
 
 
@@ -877,38 +862,36 @@ def record_of(config: FinetuneConfig, tokenizer, data: dict) -> dict:
 def begin_run(config: FinetuneConfig, record: dict, data: dict) -> str | None:
     """Make output_dir ready. Returns the checkpoint to go on from; ValueError where that is another run's."""
     output, checkpoint = Path(config.output_dir), None
+    file = output / "finetune_config.json"
+    if config.resume and not file.is_file():
+        raise ValueError(f"--resume: there is no run in {output} (no {file.name}); leave --resume out")
     if config.resume:
-        compare_runs(output / "finetune_config.json", record)
+        other, before = [], json.loads(file.read_text(encoding="utf-8"))
+        pairs = [(name, before["settings"].get(name), value) for name, value in asdict(config).items()]
+        pairs += [(name, before[name], record[name]) for name in ("chat_template", "processes")]
+        pairs += [("data (SHA-256)", before["dataset"]["sha256"], data["sha256"])]
+        for name, earlier, value in pairs:
+            if name in ("num_train_epochs", "max_steps") and value > (earlier or value) > 0:
+                say(
+                    f"{name} was {earlier}, is {value}: the learning rate falls along the new number of steps"
+                )
+            elif name not in MAY_CHANGE and value != earlier:
+                other.append(f"{name} was {earlier!r}, is {value!r}")
+        if other:
+            raise ValueError(f"--resume: {output} holds another run: {'; '.join(other)}")
         # the record is written last: a folder without it was not saved to its end
-        whole = [file.parent for file in output.glob("checkpoint-[0-9]*/finetune_config.json")]
+        whole = [path.parent for path in output.glob("checkpoint-[0-9]*/finetune_config.json")]
         checkpoint = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
         say(f"going on from {checkpoint}" if checkpoint else "no whole checkpoint yet: starting anew")
     if RANK == 0:
         for folder in output.glob("checkpoint-*") if config.overwrite else []:
             shutil.rmtree(folder)
         output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "finetune_config.json", json.dumps(record, ensure_ascii=False, indent=2))
+        write_text(file, json.dumps(record, ensure_ascii=False, indent=2))
         rows = [json.dumps(row, ensure_ascii=False, default=lambda ids: ids.tolist()) for row in data["eval"]]
         write_text(output / "held_out.jsonl", "".join(f"{row}\n" for row in rows))
         write_text(output / "trained_on.txt", "\n".join(data["digests"]))
     return checkpoint and str(checkpoint)
-
-
-def compare_runs(file: Path, now: dict) -> None:
-    """Raises ValueError where the run in output_dir was another one; a longer training is said."""
-    if not file.is_file():
-        raise ValueError(f"--resume: there is no run in {file.parent} (no {file.name}); leave --resume out")
-    other, before = [], json.loads(file.read_text(encoding="utf-8"))
-    pairs = [(name, before["settings"].get(name), value) for name, value in now["settings"].items()]
-    pairs += [(name, before[name], now[name]) for name in ("chat_template", "processes")]
-    pairs += [("data (SHA-256)", before["dataset"]["sha256"], now["dataset"]["sha256"])]
-    for name, earlier, value in pairs:
-        if name in ("num_train_epochs", "max_steps") and value > (earlier or value) > 0:
-            say(f"{name} was {earlier}, is {value}: the learning rate falls along the new number of steps")
-        elif name not in MAY_CHANGE and value != earlier:
-            other.append(f"{name} was {earlier!r}, is {value!r}")
-    if other:
-        raise ValueError(f"--resume: {file.parent} holds another run: {'; '.join(other)}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -925,27 +908,39 @@ def training_args(config: FinetuneConfig, plan: dict):
 
     same = ("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate")
     same += ("gradient_accumulation_steps", "warmup_steps", "save_strategy", "torch_compile", "optim", "seed")
-    options = {name: getattr(config, name) for name in same}
-    options |= {"report_to": config.trace, "run_name": Path(config.output_dir).name, "disable_tqdm": True}
-    options |= {"logging_steps": max(min(config.logging_steps, plan["steps"] // 3), 1)}
-    options |= {"logging_nan_inf_filter": False, "include_num_input_tokens_seen": "all"}
-    options |= {"neftune_noise_alpha": config.neftune_noise_alpha or None}
-    options |= {"gradient_checkpointing": config.gradient_checkpointing == "on"}
-    # examples are cut and labelled already
-    options |= {"padding_free": True, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    # weights and adapter are in the compute type; only float16 needs a scaler, and DeepSpeed to be told
-    options |= {"bf16": bool(config.deepspeed) and config.dtype == "bfloat16"}
-    options |= {"fp16": config.dtype == "float16"}
-    options |= {"deepspeed": config.deepspeed or None, "ddp_find_unused_parameters": False}
     evaluate, per_epoch = config.eval_strategy if plan["eval_set"] else "no", plan["per_epoch"]
     eval_steps = min(config.eval_steps, per_epoch)
     # at least one checkpoint an epoch, after an evaluation, so that the best one is a saved one
     save_steps = config.save_steps if config.save_steps <= per_epoch else per_epoch // eval_steps * eval_steps
-    options |= {"eval_strategy": evaluate, "eval_steps": eval_steps, "save_steps": save_steps}
-    options |= {"per_device_eval_batch_size": config.per_device_train_batch_size, "save_total_limit": 3}
-    if config.load_best_model_at_end and evaluate != "no":
-        options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
-    args = SFTConfig(**options, use_cpu=not torch.cuda.is_available())
+    best = config.load_best_model_at_end and evaluate != "no"
+    args = SFTConfig(
+        **{name: getattr(config, name) for name in same},
+        per_device_eval_batch_size=config.per_device_train_batch_size,
+        gradient_checkpointing=config.gradient_checkpointing == "on",
+        neftune_noise_alpha=config.neftune_noise_alpha or None,
+        # examples are cut and labelled already
+        padding_free=True,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        # weights and adapter are in the compute type; only float16 needs a scaler, and DeepSpeed to be told
+        bf16=bool(config.deepspeed) and config.dtype == "bfloat16",
+        fp16=config.dtype == "float16",
+        deepspeed=config.deepspeed or None,
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.cuda.is_available(),
+        eval_strategy=evaluate,
+        eval_steps=eval_steps,
+        save_steps=save_steps,
+        save_total_limit=3,
+        load_best_model_at_end=best,
+        metric_for_best_model="eval_loss" if best else None,
+        logging_steps=max(min(config.logging_steps, plan["steps"] // 3), 1),
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
+        disable_tqdm=True,
+        report_to=config.trace,
+        run_name=Path(config.output_dir).name,
+    )
     args._n_gpu = min(args.n_gpu, 1)  # without a launcher the Trainer would take all GPUs that it sees
     return args
 
@@ -965,21 +960,19 @@ def load_base(config: FinetuneConfig, stop_ids: set[int]):
     special = [getattr(text, name, None) for name in ("sliding_window", "attn_logit_softcapping")]
     AttentionInterface.register("by_rows", attend_by_rows)
     attention = "flash_attention_2" if flash else "sdpa" if cuda or any(special) else "by_rows"
-    options = {"dtype": dtype, "attn_implementation": attention}
-    options |= {"device_map": None if is_deepspeed_zero3_enabled() else place, "use_safetensors": True}
+    options = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True} | remote
+    options["device_map"] = None if is_deepspeed_zero3_enabled() else place
     if config.load_in_4bit:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
-    model, report = AutoModelForCausalLM.from_pretrained(
-        config.model_name, **options, **remote, output_loading_info=True
-    )
+    source = config.model_name
+    model, report = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):  # which the library would fill with random numbers
-        raise ValueError(f"{config.model_name} lacks {len(missing)} of its weights, such as {missing[0]}")
+        raise ValueError(f"{source} lacks {len(missing)} of its weights, such as {missing[0]}")
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit layer at its first forward in eval mode;
         # from then on the loss looks right and gradients are 0: one evaluation would end all learning.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        module.support_avx512bf16_for_cpu = False
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [] if own is None else [own]
     model.generation_config.eos_token_id = sorted(stop_ids | set(own))
@@ -990,24 +983,18 @@ def attend_by_rows(module, query, key, value, mask, scaling=None, dropout=0.0, c
     """Causal attention on a CPU: rows that lie end to end (`cu_seq_lens_q` says where) attend each to itself.
 
     Tensors are (1, heads, tokens, width), the result (1, tokens, heads, width). Plain matrix products make a
-    step 1.6 times as fast as PyTorch's kernel; long rows would keep too large a square in memory.
+    step 1.6 times as fast as PyTorch's kernel.
     """
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if cu_seq_lens_q is None:  # an answer is generated, to one prompt at a time
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **options)
     key, value = (part.repeat_interleave(query.size(1) // part.size(1), dim=1) for part in (key, value))
-    rows, barred, scaling = [], float("-inf"), scaling or query.size(-1) ** -0.5
+    rows, scaling = [], scaling or query.size(-1) ** -0.5
     for begin, end in pairwise(cu_seq_lens_q.tolist()):
         q, k, v = (part[0, :, begin:end] for part in (query, key, value))
-        if end - begin > 1024:
-            rows.append(
-                scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
-            )
-            continue
-        future = torch.full((end - begin, end - begin), barred, dtype=q.dtype).triu(1)
+        future = torch.full((end - begin, end - begin), float("-inf"), dtype=q.dtype).triu(1)
         shares = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scaling).softmax(-1)
         rows.append(torch.nn.functional.dropout(shares, dropout) @ v)
     return torch.cat(rows, dim=1).transpose(0, 1)[None], None
@@ -1017,20 +1004,27 @@ def attend_by_rows(module, query, key, value, mask, scaling=None, dropout=0.0, c
 
 
 def build_trainer(config: FinetuneConfig, args, model, tokenizer, data: dict, plan: dict, record: dict):
-    """An SFTTrainer over encoded examples, with a new adapter on `model` or the one that --adapter names."""
+    """A trainer over encoded examples, with a new adapter on `model` or the one that --adapter names.
+
+    Raises ValueError where --adapter was made for another base, or has another rank than was asked for.
+    """
     from peft import LoraConfig, PeftModel
     from transformers import EarlyStoppingCallback, PrinterCallback
 
     same = {name: getattr(config, name) for name in ("lora_alpha", "lora_dropout", "use_dora", "use_rslora")}
     lora = LoraConfig(r=config.lora_r, target_modules=plan["targets"], task_type="CAUSAL_LM", **same)
     if config.adapter:
-        check_adapter(config)
+        earlier = json.loads(Path(config.adapter, "adapter_config.json").read_text(encoding="utf-8"))
+        base, rank = earlier["base_model_name_or_path"], earlier["r"]
+        if base != config.model_name:
+            raise ValueError(f"{config.adapter} belongs to {base}, which is then the --model_name to pass")
+        if config.lora_r not in (rank, FinetuneConfig.lora_r):
+            raise ValueError(f"{config.adapter} has rank {rank}, and --lora_r is {config.lora_r}")
         model, lora = PeftModel.from_pretrained(model, config.adapter, is_trainable=True), None
-    progress = progress_callback(record, data["train"], data["eval"][: config.show_answers], tokenizer)
     sets = {"train_dataset": plan["train_set"], "eval_dataset": plan["eval_set"]}
-    parts = {"processing_class": tokenizer, "peft_config": lora, "callbacks": [progress]}
-    trainer = sparse_trainer()(model=model, args=args, **sets, **parts)
-    trainer.progress, progress.trainer = progress, trainer
+    trainer = trainer_class()(model, args, processing_class=tokenizer, peft_config=lora, **sets)
+    trainer.record, trainer.examples = record, data["train"]
+    trainer.shown = data["eval"][: config.show_answers]
     if config.trace == "swanlab" and RANK == 0:
         import swanlab
 
@@ -1043,24 +1037,13 @@ def build_trainer(config: FinetuneConfig, args, model, tokenizer, data: dict, pl
     return trainer
 
 
-def check_adapter(config: FinetuneConfig) -> None:
-    """Raises ValueError where --adapter was made for another base, or has another rank than was asked for."""
-    earlier = json.loads(Path(config.adapter, "adapter_config.json").read_text(encoding="utf-8"))
-    base, rank = earlier["base_model_name_or_path"], earlier["r"]
-    if base != config.model_name:
-        raise ValueError(f"{config.adapter} belongs to {base}, which is then the --model_name to pass")
-    if config.lora_r not in (rank, FinetuneConfig.lora_r):
-        raise ValueError(f"{config.adapter} has rank {rank}, and --lora_r is {config.lora_r}; leave it out")
-
-
-def sparse_trainer() -> type:
-    """A class: an SFTTrainer that makes logits only where there is a label, and knows a step's batches."""
+def trainer_class() -> type:
+    """SFTTrainer with a log to read, steps that are finite, whole checkpoints, and an end by SIGTERM."""
     import torch
     from trl import SFTTrainer
 
-    class SparseTrainer(SFTTrainer):
-        def create_model_card(self, *args, **kwargs):
-            """None: it would take the place of a person's own README.md in output_dir."""
+    class ChatTrainer(SFTTrainer):
+        first_step, terminated = 0, False
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             """Mean of -log p over the supervised tokens. On a CPU TRL's head scores every position: with
@@ -1076,74 +1059,64 @@ def sparse_trainer() -> type:
                 return loss / max(len(places), 1)
             return loss / num_items_in_batch * PROCESSES  # DDP takes the mean of the processes
 
-        def get_batch_samples(self, *args):
-            self.batches, count = super().get_batch_samples(*args)
-            return self.batches, count
-
-    return SparseTrainer
-
-
-def progress_callback(record: dict, examples: list[dict], shown: list[dict], tokenizer):
-    """A callback that writes a line a log step, takes no step on a gradient that is not finite, completes
-    each checkpoint's folder, and obeys SIGTERM."""
-    import torch
-    from transformers import TrainerCallback
-
-    class Progress(TrainerCallback):
-        terminated = False
-
-        def on_train_begin(self, args, state, control, model, **_):
-            if not args.deepspeed:  # it keeps views of the parameters
-                cast_adapter(model)  # a checkpoint is loaded as float32
-            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
-            self.begin, self.first = time.monotonic(), (state.global_step, state.num_input_tokens_seen)
-
-        def on_train_end(self, args, state, control, **_):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-        def on_pre_optimizer_step(self, args, state, control, model, **_):
+        def training_step(self, model, inputs, *args):
+            """Forward and backward. Raises ValueError, before the optimiser steps, where loss or gradient are
+            not finite (float16's scaler skips such steps itself). After SIGTERM this step is the last."""
+            ids = inputs["input_ids"].cpu().numpy().astype("int32").tobytes()
+            loss = super().training_step(model, inputs, *args)
             grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            if args.fp16 or torch.stack([grad.isfinite().all() for grad in grads]).all():
-                return  # float16's scaler skips such steps itself
-            batches = [batch["input_ids"].cpu().numpy().astype("int32") for batch in self.trainer.batches]
-            ids = b"".join(batch.tobytes() for batch in batches)
-            rows = [example["where"] for example in examples if example["input_ids"].tobytes() in ids]
-            what = f"loss or gradient of step {state.global_step + 1} is not finite; the step is not taken"
-            raise ValueError(f"{what}: look at {', '.join(rows[:16])}, or lower --learning_rate and --resume")
-
-        def on_step_end(self, args, state, control, **_):
+            finite = torch.stack([part.isfinite().all() for part in (loss, *grads)]).all()
+            if not (finite or self.args.fp16):
+                rows = [e["where"] for e in self.examples if e["input_ids"].tobytes() in ids]
+                what = f"loss or gradient of step {self.state.global_step + 1} is not finite"
+                raise ValueError(f"{what}: look at {', '.join(rows)}, or lower --learning_rate and --resume")
             if PROCESSES > 1:  # the signal may reach them in different steps: they must save the same one
-                told = torch.tensor(float(self.terminated), device=args.device)
+                told = torch.tensor(float(self.terminated), device=loss.device)
                 torch.distributed.all_reduce(told)
                 self.terminated = told.item() > 0
             if self.terminated:
-                control.should_save = control.should_training_stop = True
-                control.should_evaluate = False
+                self.control.should_save = self.control.should_training_stop = True
+            return loss
 
-        def on_log(self, args, state, control, logs, **_):
-            place = f"Epoch {max(math.ceil(state.epoch), 1)}/{state.num_train_epochs}"
-            place += f" · Step {state.global_step}/{state.max_steps}"
+        def log(self, logs, start_time=None):
+            super().log(logs, start_time)
+            step, steps = self.state.global_step, self.state.max_steps
+            place = f"Epoch {max(math.ceil(self.state.epoch), 1)}/{self.state.num_train_epochs}"
             if "eval_loss" in logs:
-                say(f"{place} | Eval loss: {logs['eval_loss']:.3f}")
+                say(f"{place} · Step {step}/{steps} | Eval loss: {logs['eval_loss']:.3f}")
             elif "loss" in logs:
-                seconds, (step, tokens) = time.monotonic() - self.begin, self.first
-                left = seconds / (state.global_step - step) * (state.max_steps - state.global_step)
+                seconds, speed = logs["train_runtime"], logs["train_tokens_per_second"]
+                left = seconds / (step - self.first_step) * (steps - step)
                 times = f"Time: {timedelta(seconds=int(seconds))} | left {timedelta(seconds=int(left))}"
-                speed = (state.num_input_tokens_seen - tokens) / seconds
                 loss = f"Loss: {logs['loss']:.3f} | LR: {logs['learning_rate']:.1e}"
-                say(f"{place} | {loss} | {times} | {speed:.0f} tok/s")
+                say(f"{place} · Step {step}/{steps} | {loss} | {times} | {speed:.0f} tok/s")
 
-        def on_evaluate(self, args, state, control, model, **_):
-            for example in shown if RANK == 0 else []:
-                prompt, reference = last_answer(example)
-                wanted = tokenizer.decode(reference, skip_special_tokens=True).strip()
-                say(f"  reference  {printable(wanted)}\n  answer     {answer(model, tokenizer, prompt)}")
+        def evaluate(self, *args, **kwargs):
+            metrics = super().evaluate(*args, **kwargs)
+            for example in self.shown if RANK == 0 else []:
+                ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
+                begin = max(i for i, label in enumerate(labels) if label != -100 == labels[i - 1])
+                wanted = [label for label in labels[begin:] if label != -100]
+                reference = self.processing_class.decode(wanted, skip_special_tokens=True).strip()
+                say(f"  reference  {printable(reference)}\n  answer     {answer(self, ids[:begin])}")
+            return metrics
 
-        def on_save(self, args, state, control, model, **_):
-            if state.is_world_process_zero:
-                complete(Path(args.output_dir, f"checkpoint-{state.global_step}"), model, record)
+        def _save_checkpoint(self, model, trial):
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                complete(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"), self)
 
-    return Progress()
+        def _load_from_checkpoint(self, checkpoint, model=None):
+            super()._load_from_checkpoint(checkpoint, model)
+            self.first_step = int(checkpoint.split("-")[-1])
+            cast_adapter(self.model)  # it is loaded as float32
+
+        def _load_best_model(self):
+            super()._load_best_model()
+            if not self.is_deepspeed_enabled:  # which keeps views of the parameters
+                cast_adapter(self.model)
+
+    return ChatTrainer
 
 
 def cast_adapter(model) -> None:
@@ -1180,38 +1153,31 @@ def token_loss(trainer) -> float | None:
     return total / count
 
 
-def last_answer(example: dict) -> tuple[list[int], list[int]]:
-    """(prompt, answer) of an example's last supervised answer, as token ids."""
-    labels = example["labels"].tolist()
-    end = max(i for i, label in enumerate(labels) if label != -100) + 1
-    start = max((i + 1 for i in range(end) if labels[i] == -100), default=0)
-    return example["input_ids"][:start].tolist(), labels[start:end]
-
-
-def answer(model, tokenizer, prompt: list[int]) -> str:
+def answer(trainer, prompt: list[int]) -> str:
     """The model's greedy answer to a prompt of token ids, at most 60 tokens."""
     import torch
 
-    ids = torch.tensor([prompt], device=model.device)
+    model, ids = trainer.model, torch.tensor([prompt], device=trainer.model.device)
     settings = {"max_new_tokens": 60, "do_sample": False, "use_cache": True}
     with torch.no_grad():
         output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-    return printable(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)).strip()
+    text = trainer.processing_class.decode(output[0, len(prompt) :], skip_special_tokens=True)
+    return printable(text).strip()
 
 
 # ---------------------------------------------------------------------------------------- the result
 
 
-def complete(folder: Path, model, record: dict) -> None:
+def complete(folder: Path, trainer) -> None:
     """Add to an adapter's folder the tokens that end an answer and, last, the record of the run."""
     from transformers import GenerationConfig
 
-    own = model.generation_config
+    own = trainer.model.generation_config
     GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id).save_pretrained(folder)
-    write_text(folder / "finetune_config.json", json.dumps(record, ensure_ascii=False, indent=2))
+    write_text(folder / "finetune_config.json", json.dumps(trainer.record, ensure_ascii=False, indent=2))
 
 
-def save_result(config: FinetuneConfig, trainer, record: dict) -> None:
+def save_result(config: FinetuneConfig, trainer) -> None:
     """Write the adapter with all that belongs to it, then the Trainer's state and, last, the picture."""
     output = Path(config.output_dir)
     new = output / "checkpoint-final.partial"
@@ -1219,45 +1185,40 @@ def save_result(config: FinetuneConfig, trainer, record: dict) -> None:
     if RANK != 0:
         return
     (new / "training_args.bin").unlink(missing_ok=True)
-    complete(new, trainer.model, record)
+    complete(new, trainer)
     shutil.copytree(new, f"{config.model_dir}.partial", dirs_exist_ok=True)
     trainer.processing_class.save_pretrained(f"{config.tokenizer_dir}.partial")
     for folder in (config.model_dir, config.tokenizer_dir, output / "checkpoint-final"):
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(f"{folder}.partial", folder)
     trainer.state.save_to_json(str(output / "trainer_state.json"))
-    try:
-        draw_loss_curve(trainer.state.log_history, output / "loss_curve.png")
+    try:  # what is drawn last can cost nothing
+        from matplotlib.figure import Figure
+
+        axes = Figure(figsize=(7, 4), layout="tight").subplots()
+        for key, label in (("loss", "train"), ("eval_loss", "eval")):
+            points = [(entry["step"], entry[key]) for entry in trainer.state.log_history if key in entry]
+            axes.plot([step for step, _ in points], [loss for _, loss in points], marker=".", label=label)
+        axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
+        axes.legend()
+        axes.figure.savefig(output / "loss_curve.png", dpi=120)
     except (ImportError, OSError, ValueError) as error:
         say(f"no loss_curve.png ({error}); everything else is saved")
 
 
-def draw_loss_curve(history: list[dict], path: Path) -> None:
-    """Training and evaluation loss over the steps, as a picture."""
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(7, 4), layout="tight").subplots()
-    for key, label in (("loss", "train"), ("eval_loss", "eval")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot([step for step, _ in points], [loss for _, loss in points], marker=".", label=label)
-    axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
-    axes.legend()
-    axes.figure.savefig(path, dpi=120)
-
-
-def show_result(config: FinetuneConfig, trainer, tokenizer, record: dict, seconds: float) -> None:
+def show_result(config: FinetuneConfig, trainer, seconds: float) -> None:
     """Print what came out: the demo's answers, steps, losses, and the commands that go on from here."""
+    options = {"add_generation_prompt": True, "return_dict": False}
     for question in DEMO_QUESTIONS if config.demo else ():
         messages = [{"role": "user", "content": question}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        prompt = trainer.processing_class.apply_chat_template(messages, **options)
         with trainer.model.disable_adapter():
-            base = answer(trainer.model, tokenizer, prompt)
-        tuned = answer(trainer.model, tokenizer, prompt)
-        print(f"\n  question  {question}\n  base      {base}\n  tuned     {tuned}")
+            base = answer(trainer, prompt)
+        print(f"\n  question  {question}\n  base      {base}\n  tuned     {answer(trainer, prompt)}")
     steps, planned = trainer.state.global_step, trainer.state.max_steps
     early = f" of {planned}: {config.early_stopping_patience} evaluations without a better loss"
     print(f"\ntrained {steps} steps{early if steps < planned else ''} in {timedelta(seconds=int(seconds))}")
-    for name, loss in record["losses"].items():
+    for name, loss in trainer.record["losses"].items():
         if loss is not None:
             perplexity = math.exp(min(loss, 700))
             print(f"held-out answers {name} training: loss {loss:.3f} | Perplexity: {perplexity:.2f}")

@@ -177,6 +177,7 @@ def build_adapter(base: Path, folder: Path, four_bit: bool = False, targets="all
             "model_name": str(base),
             "load_in_4bit": four_bit,
             "dtype": "float32",
+            "use_dora": bool(lora.use_dora),
             "max_seq_length": 2048,
         },
         "dataset": {"path": str(folder.parent / "train.jsonl"), "rows": 40, "sha256": ""},

@@ -122,7 +122,10 @@ def test_dora_reads_no_weights_that_bitsandbytes_repacks(name, base, tmp_path, m
     from bitsandbytes.nn import Linear4bit
 
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    adapter, record = build_adapter(base, tmp_path / "a", use_dora=True), {"settings": {"load_in_4bit": True}}
+    adapter, record = (
+        build_adapter(base, tmp_path / "a", use_dora=True),
+        {"settings": {"load_in_4bit": True, "use_dora": True}},
+    )
     (adapter / "finetune_config.json").write_text(json.dumps(record))
     script = load_script(name)
     merging = name == "merge_model"

@@ -145,11 +145,16 @@ def prompt_of(record: dict, config: Config, tokenizer) -> list[int]:
 
 
 def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, streamer=None) -> list[tuple]:
-    """(text, number of tokens, how it ended) of the answer to each prompt."""
+    """(text, number of tokens, how it ended) of the answer to each prompt, the same in every batch."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    room = min(config.max_new_tokens, positions - max(map(len, prompts)))
+    longest = max(map(len, prompts))
+    room = min(config.max_new_tokens, positions - longest)
     if room < 1:
-        raise ValueError(f"a question leaves no room for an answer: the model has {positions} positions")
+        raise ValueError(
+            f"a question of {longest} tokens leaves no room for an answer: of {positions} positions"
+        )
+    if len(prompts) > 1 and room < config.max_new_tokens:  # a long one must not take the others' room
+        return [answers_to([prompt], config, model, tokenizer)[0] for prompt in prompts]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     options = {"top_k": 0, "repetition_penalty": 1.0}  # whatever the model's own settings say

@@ -69,13 +69,15 @@ def test_a_foreign_adapter_and_a_plain_model_work(tmp_path, tiny_adapter, tiny_q
 def test_a_file_of_questions(tmp_path, tiny_adapter, ask, monkeypatch):
     monkeypatch.chdir(tmp_path)
     talk = [{"role": "user", "content": "芯片"}, {"role": "assistant", "content": "known"}]
-    questions = [{"instruction": "lamp " * n, "id": n} for n in (1, 30, 4, 9)] + [{"messages": talk}]
+    questions = [{"instruction": "lamp " * n, "id": n} for n in (1, 30, 4, 9)]
+    questions += [{"messages": talk}, {"instruction": "0 " * 489 + "489"}]  # which leaves four tokens
     write_jsonl(tmp_path / "q.jsonl", questions)
     ask(tiny_adapter, "--input_file", "q.jsonl", "--output_file", "a.jsonl", "--batch_size", 2, count=8)
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k not in ("answer", "ended")} for row in rows] == questions
     for row, question in zip(rows[:4], questions, strict=False):
         assert row["answer"] == plain_answer(tiny_adapter, question["instruction"], 8)
+    assert rows[5]["answer"] == plain_answer(tiny_adapter, questions[5]["instruction"], 4)
     assert not (tmp_path / "a.jsonl.partial").exists()
 
 
@@ -117,7 +119,7 @@ def test_stdin_terminals_and_mistakes(tmp_path, tiny_adapter, ask, monkeypatch):
         (tmp_path / "nowhere", (), "^error: [^\n]*nowhere[^\n]*$"),
         (tiny_adapter, ("--thinking", "off"), "--thinking: the chat template has no enable_thinking"),
         (tiny_adapter, ("--instruction", ""), "there is no question"),
-        (tiny_adapter, ("--input", "x" * 3000), "leaves no room for an answer: the model has 1024 positions"),
+        (tiny_adapter, ("--input", "x" * 3000), "tokens leaves no room for an answer: of 1024 positions"),
     ):
         with pytest.raises(SystemExit, match=words):
             ask(model, *flags)

@@ -26,8 +26,8 @@ TOTAL_SAMPLES = 2000
 RATIOS = {"reports": 0.2, "orca": 0.5, "pubmed": 0.3}
 MY_REPORT_DATA_PATH = "my_dataset.json"
 OUTPUT_FILE = "mixed_finetune_dataset.jsonl"
-FORMATS = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction"}
-FORMATS |= {"qa": "input", "completion": "prompt"}
+FORMATS = {"instruction": "instruction", "messages": "messages", "sharegpt": "conversations"}
+FORMATS |= {"alpaca": "instruction", "qa": "input", "completion": "prompt"}  # format: a key that it has
 ASKING = ("system", "developer", "user", "human", "tool", "observation", "function")  # roles with no answer
 
 
@@ -49,7 +49,7 @@ class Config:
     system: str = setting("keep", "SlimOrca's own system texts", choices=("keep", "drop"))
     output_file: str = setting(OUTPUT_FILE, "where the mix goes")
     input: str = setting("", "check this file or folder instead of mixing")
-    format: str = setting("auto", "shape of your own records", choices=("auto", "instruction", *FORMATS))
+    format: str = setting("auto", "shape of your own records", choices=("auto", *FORMATS))
     output: str = setting("", "where they go; without it data/processed/<name of the input>.jsonl")
     parts_dir: str = setting("data/parts", "keeps each source as read, until it or a setting changes")
     seed: int = setting(42, "decides which rows are taken, and their order")
@@ -74,11 +74,15 @@ def parser_of(config_class: type) -> argparse.ArgumentParser:
 def main(config: Config) -> None:
     paths = {"reports": config.my_report_data_path, "orca": config.orca_data_path}
     paths |= {"pubmed": config.pubmed_data_path, "input": config.input}
-    known, shares = (["input"], ["input=1"]) if config.input else (list(RATIOS), config.ratios)
-    pairs = [text.partition("=")[::2] for text in shares]
-    ratios = {name: float(share) for name, share in pairs if float(share)}
-    if set(ratios) - set(known) or round(sum(ratios.values()), 6) != 1 or min(ratios.values()) < 0:
-        raise ValueError(f"--ratios {ratios}: the names are {', '.join(RATIOS)}, the shares add up to 1")
+    shares = re.findall(r"(\S+)=(\d*\.?\d+)(?!\S)", " ".join(config.ratios))
+    shares = {name: float(share) for name, share in shares if name in RATIOS}
+    if len(shares) < len(config.ratios) or round(sum(shares.values()), 6) != 1:
+        raise ValueError(f"--ratios {shares}: the names are {', '.join(RATIOS)}, the shares add up to 1")
+    ratios = {"input": 1.0} if config.input else {name: share for name, share in shares.items() if share}
+    own = f"data/processed/{Path(config.input).resolve().name.partition('.')[0]}.jsonl"
+    output = config.output or (own if config.input else config.output_file)
+    if any(Path(output).resolve().is_relative_to(Path(paths[name]).resolve()) for name in ratios):
+        raise ValueError(f"{output} is, or lies in, what is read; name another place for it")
     rng, pools, seen, rejects, mix = random.Random(config.seed), {}, {}, [], []
     table = {"source": ["asked", "found", "rejected", "duplicate", "written"]}
     for name, ratio in ratios.items():
@@ -93,10 +97,6 @@ def main(config: Config) -> None:
         mix.append(pools[name].pop())
         table[name][-1] += 1
     rng.shuffle(mix)
-    own = config.input and f"data/processed/{Path(config.input).resolve().name.partition('.')[0]}.jsonl"
-    output = config.output or own or config.output_file
-    if any(Path(output).resolve().is_relative_to(Path(paths[name]).resolve()) for name in ratios):
-        raise ValueError(f"{output} is, or lies in, what is read; name another place for it")
     write_lines(f"{output}.rejected.jsonl", [json.dumps(reject).encode() + b"\n" for reject in rejects])
     if not mix:
         raise ValueError(f"no row is good; see {output}.rejected.jsonl")
@@ -113,8 +113,15 @@ def read_and_convert(name: str, source: str, config: Config) -> tuple[list[bytes
     part = Path(config.parts_dir, f"{name}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.jsonl")
     if not part.exists():
         good, bad, label = [], [], {} if config.input else {"source": Path(source).name if files else source}
-        local = Path(source).exists() or config.input or source.lower().endswith(DATA_ENDINGS)
-        for where, row in rows_of(source) if local else hub_rows(source, config):
+        if Path(source).exists() or config.input or source.lower().endswith(DATA_ENDINGS):
+            rows = rows_of(source)
+        else:
+            from datasets import load_dataset
+
+            data = load_dataset(*source.split(":"), split="train", streaming=True)
+            data = data.shuffle(seed=config.seed, buffer_size=10_000).take(2 * config.total_samples)
+            rows = ((f"{source}, row {n}", without_nulls(row)) for n, row in enumerate(data, 1))
+        for where, row in rows:
             try:
                 record = label | converted(row, name, config)
                 good.append(json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n")
@@ -124,15 +131,6 @@ def read_and_convert(name: str, source: str, config: Config) -> tuple[list[bytes
         write_lines(part, [json.dumps(bad).encode() + b"\n", *good])
     bad, *good = part.read_bytes().splitlines(keepends=True)
     return good, json.loads(bad)
-
-
-def hub_rows(source: str, config: Config) -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) of a hub dataset, shuffled; two for each of the mix, as some may be of no use."""
-    from datasets import load_dataset
-
-    rows = load_dataset(*source.split(":"), split="train", streaming=True)
-    rows = rows.shuffle(seed=config.seed, buffer_size=10_000).take(2 * config.total_samples)
-    yield from ((f"{source}, row {n}", without_nulls(row)) for n, row in enumerate(rows, 1))
 
 
 DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
@@ -205,7 +203,7 @@ def converted(row: dict | str, name: str, config: Config) -> dict:
     if name == "pubmed":
         said = row["long_answer"] and "\n\nConclusion: ".join([row["long_answer"], row["final_decision"]])
         row = {"instruction": row["question"], "input": "\n".join(row["context"]["contexts"]), "output": said}
-    keys = set(FORMATS.values()) if config.format == "auto" else {FORMATS.get(config.format, config.format)}
+    keys = set(FORMATS.values()) if config.format == "auto" else {FORMATS[config.format]}
     if not any(row.get(key) for key in keys) and name in ("reports", "input"):
         raise ValueError(f"no {' or '.join(sorted(keys))} in it; its keys are {list(row)}")
     answer = row.get("output") or row.get("response") or row.get("completion")

@@ -26,7 +26,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from html import unescape
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 TOTAL_SAMPLES = 240_000
@@ -90,10 +90,9 @@ class Config:
         if len(shares) < len(self.ratios) or round(sum(shares.values()), 6) != 1:
             raise ValueError(f"--ratios {self.ratios}: use name=number with {', '.join(FEEDS)}; sum 1")
         self.ratios = {name: share for name, share in shares.items() if share}
-        words = json.loads(Path(self.keywords).read_text("utf-8-sig")) if self.keywords else dict(KEYWORDS)
-        if not isinstance(words, dict) or words.keys() != KEYWORDS.keys():
+        self.keywords = json.loads(Path(self.keywords).read_text("utf-8-sig")) if self.keywords else KEYWORDS
+        if not isinstance(self.keywords, dict) or self.keywords.keys() != KEYWORDS.keys():
             raise ValueError(f"--keywords: expected an object with the lists of words {', '.join(KEYWORDS)}")
-        self.keywords = {domain: [str(word) for word in words[domain] if word] for domain in KEYWORDS}
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
@@ -113,7 +112,12 @@ def parser_of(config_class: type) -> argparse.ArgumentParser:
 
 
 def main(config: Config) -> None:
-    streams = {name: stream_records(name, config) for share in config.ratios for name in FEEDS[share]}
+    paths = {"my_reports": config.my_report_data_path, "orca": config.orca_data_path}
+    paths |= {"pubmed": config.pubmed_data_path, "stackexchange": config.stackexchange_data_path}
+    asked = [(share, name) for share in config.ratios for name in FEEDS[share]]
+    if any(Path(config.output_file).resolve().is_relative_to(Path(paths[n]).resolve()) for _, n in asked):
+        raise ValueError(f"{config.output_file} is, or lies in, a source; pass another --output_file")
+    streams = {name: stream_records(name, paths[name], config) for _, name in asked}
     lines, rejects, counts = sample(streams, config)
     random.Random(config.seed).shuffle(lines)
     replace_file(f"{config.output_file}.rejected.jsonl", rejects)
@@ -122,9 +126,9 @@ def main(config: Config) -> None:
     replace_file(config.output_file, lines)
     columns = ("found", "rejected", "duplicate", "written")
     print(f"{'share':12}{'source':15}{'asked':>9}" + "".join(f"{column:>11}" for column in columns))
-    for share, source in ((part, name) for part in config.ratios for name in FEEDS[part]):
-        asked = f"{share:12}{source:15}{config.total_samples * config.ratios[share]:9,.0f}"
-        print(asked + "".join(f"{counts[share, source, column]:11,}" for column in columns))
+    for share, name in asked:
+        cells = "".join(f"{counts[share, name, column]:11,}" for column in columns)
+        print(f"{share:12}{name:15}{config.total_samples * config.ratios[share]:9,.0f}{cells}")
     print(f"{len(lines):,} rows; next: python qwen_finetuning.py --dataset_path {config.output_file}")
 
 
@@ -134,50 +138,45 @@ def sample(streams: dict[str, Iterator], config: Config) -> tuple[list[bytes], l
     from tqdm import tqdm
 
     ratios, lines, rejects, counts, seen = config.ratios, [], [], Counter(), set()
-    waiting, found, taken = {share: deque() for share in ratios}, Counter(), dict.fromkeys(ratios, 0)
+    feeds = {share: chain(*(streams[name] for name in FEEDS[share])) for share in ratios}  # one by one
+    waiting, taken = {share: deque() for share in ratios}, Counter()
     with tqdm(total=config.total_samples, unit=" rows") as bar:
-        while len(lines) < config.total_samples and taken:
-            share = min(taken, key=lambda share: taken[share] / ratios[share])
-            source = next((name for name in FEEDS[share] if name in streams), None)
+        while len(lines) < config.total_samples and feeds:
+            share = min(feeds, key=lambda share: taken[share] / ratios[share])
             if waiting[share]:
                 name, line = waiting[share].popleft()
                 lines.append(line)
                 taken[share] += 1
                 counts[share, name, "written"] += 1
                 bar.update()
-            elif source is None:  # all that could fill this share was read
-                del taken[share]
-            elif (row := next(streams[source], None)) is None:
-                del streams[source]
-            elif not row[0]:
-                rejects.append(row[1])
-                counts[share, source, "rejected"] += 1
-            elif fits := [fit for fit in row[0] if fit in ratios]:
-                home = min(fits, key=lambda fit: found[fit] / ratios[fit])
-                found[home] += 1
-                counts[home, source, "found"] += 1
-                if (key := same_text(row[1])) in seen:
-                    counts[home, source, "duplicate"] += 1
-                elif len(waiting[home]) < config.total_samples:  # more can not be needed
-                    seen.add(key)
-                    waiting[home].append((source, row[1]))
+            elif (row := next(feeds[share], None)) is None:  # all that could fill this share was read
+                del feeds[share]
+            else:
+                name, fits, line = row.split(b"\t", 2)
+                name, fits = name.decode(), fits.decode().split()
+                if not fits:
+                    rejects.append(line)
+                    counts[share, name, "rejected"] += 1
+                elif wanted := [fit for fit in fits if fit in ratios]:
+                    share = min(wanted, key=lambda fit: (taken[fit] + len(waiting[fit])) / ratios[fit])
+                    counts[share, name, "found"] += 1
+                    if (key := same_text(line)) in seen:
+                        counts[share, name, "duplicate"] += 1
+                    elif len(waiting[share]) < config.total_samples:  # more can not be needed
+                        seen.add(key)
+                        waiting[share].append((name, line))
     return lines, rejects, counts
 
 
-def stream_records(name: str, config: Config) -> Iterator[tuple[list[str], bytes]]:
-    """Yield (shares that fit, JSON) of each row of a source; of a bad one (none, line of the reject file)."""
-    source = getattr(config, {"my_reports": "my_report"}.get(name, name) + "_data_path")
+def stream_records(name: str, source: str, config: Config) -> Iterator[bytes]:
+    """Yield a line for each row: source, shares that it fits, JSON. No share: the JSON tells what is bad."""
     files = sorted(file for file in {Path(source), *Path(source).rglob("*")} if file.is_file())
-    if Path(config.output_file).resolve() in [file.resolve() for file in files]:
-        raise ValueError(f"{config.output_file} is a source; pass another --output_file")
     state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in (*files, Path(__file__))]
     state += [source, config.seed, config.system, config.min_score, config.keywords]
     part = Path(config.parts_dir, f"{name}-{hashlib.sha256(ascii(state).encode()).hexdigest()[:16]}.tsv")
     if part.exists():
         with open(part, "rb") as lines:
-            for row in lines:
-                fits, _, line = row.partition(b"\t")
-                yield fits.decode().split(), line
+            yield from lines
         return
     label, find = {"source": Path(source).name if files else source}, domain_finder(config.keywords)
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -185,35 +184,35 @@ def stream_records(name: str, config: Config) -> Iterator[tuple[list[str], bytes
         for where, row in stream_of(source, config.seed):
             try:
                 fits, record = converted_row(name, row, find, config)
-                line = json.dumps(label | record, ensure_ascii=False, default=str).encode() + b"\n"
+                line = json.dumps(label | record, ensure_ascii=False, default=str).encode()
                 if not fits:
                     continue
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 place, _, number = where.replace(", row ", ":").rpartition(":")
                 reject = {"file": place, "line": int(number), "reason": str(error)}
-                fits, line = [], json.dumps(reject).encode() + b"\n"
-            file.write(" ".join(fits).encode() + b"\t" + line)
-            yield fits, line
+                fits, line = [], json.dumps(reject).encode()
+            line = f"{name}\t{' '.join(fits)}\t".encode() + line + b"\n"
+            file.write(line)
+            yield line
     os.replace(f"{part}.new", part)  # comes here only at the end of the source
 
 
 def stream_of(source: str, seed: int) -> Iterator[tuple[str, dict | str]]:
-    """Yield (where, row), shuffled within BUFFER rows; of a hub dataset the SITES come first."""
+    """Yield (where, row), shuffled within BUFFER rows; of a hub dataset's files those of the SITES first."""
     if Path(source).exists() or source.lower().endswith(DATA_ENDINGS):
         rows = rows_of(source)
-        while buffer := list(islice(rows, BUFFER)):
-            random.Random(seed).shuffle(buffer)
-            yield from buffer
-        return
-    from datasets import load_dataset, load_dataset_builder
+    else:
+        from datasets import load_dataset_builder
 
-    urls = load_dataset_builder(*source.split(":")).config.data_files["train"]
-    early = [url for url in urls if url.split("/")[-2].partition(".")[0] in SITES]
-    for part in filter(None, (early, [url for url in urls if url not in early])):
-        kind = "parquet" if part[0].endswith(".parquet") else "json"
-        data = load_dataset(kind, data_files=part, split="train", streaming=True)
-        for number, row in enumerate(data.shuffle(seed, buffer_size=BUFFER), 1):
-            yield f"{source}, row {number}", without_nulls(row)
+        builder = load_dataset_builder(*source.split(":"))
+        urls = builder.config.data_files["train"]
+        random.Random(seed).shuffle(urls)
+        urls.sort(key=lambda url: url.split("/")[-2].partition(".")[0] not in SITES)
+        rows = enumerate(builder.as_streaming_dataset("train"), 1)
+        rows = ((f"{source}, row {number}", without_nulls(row)) for number, row in rows)
+    while buffer := list(islice(rows, BUFFER)):
+        random.Random(seed).shuffle(buffer)
+        yield from buffer
 
 
 DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
@@ -297,35 +296,36 @@ def converted_row(name: str, row: dict | str, find, config: Config) -> tuple[lis
     """(shares that a row fits, none if it is of no use; record). ValueError for one without an answer."""
     if not isinstance(row, dict):
         raise ValueError(f"no JSON object: {row}")
-    fits = [share for share in FEEDS if FEEDS[share][0] == name]
     if name == "stackexchange":
-        fits, row = from_stackexchange(row, find, config.min_score)
+        return from_stackexchange(row, find, config.min_score)
     if name == "pubmed":
         text = row["long_answer"] and "\n\nConclusion: ".join([row["long_answer"], row["final_decision"]])
         row = {"instruction": row["question"], "input": "\n".join(row["context"]["contexts"]), "output": text}
-    if fits and not any(row.get(key) for key in ("messages", "conversations", "instruction", "input")):
+    if not any(row.get(key) for key in ("messages", "conversations", "instruction", "input", "prompt")):
         raise ValueError(f"unknown shape with keys {list(row)}")
-    chat = row.get("messages") or row.get("conversations") or []
-    chat = from_json(chat) if isinstance(chat, str) else chat  # a table holds it as text
+    answer = row.get("output") or row.get("response") or row.get("completion")
+    turns = row.get("messages") or row.get("conversations") or [{"content": answer}]
+    turns = from_json(turns) if isinstance(turns, str) else turns  # a table holds it as text
     if name == "orca" and config.system == "drop":
-        row = row | {"conversations": [turn for turn in chat if turn["from"] != "system"]}
-    said = [turn for turn in chat if str(turn.get("role") or turn.get("from")).lower() not in ASKING]
+        row["conversations"] = [turn for turn in turns if turn["from"] != "system"]
+    said = [turn for turn in turns if str(turn.get("role") or turn.get("from")).lower() not in ASKING]
     said = [turn.get("content") or turn.get("value") or turn.get("tool_calls") for turn in said]
-    said = said if chat else [row.get("output") or row.get("response") or row.get("completion")]
-    if fits and not (said and all(str(text or "").strip() for text in said)):
+    if not said or not all(str(text or "").strip() for text in said):
         raise ValueError("it has no answer, or an empty one")
-    return fits, row
+    return ["bio" if name == "pubmed" else name], row
 
 
-def from_stackexchange(row: dict, find, min_score: int) -> tuple[list[str], dict]:
+def from_stackexchange(post: dict, find, min_score: int) -> tuple[list[str], dict]:
     """(domains, record in Markdown) of a post and its accepted answer, or else that with the best score."""
-    best = max(row["answers"], key=lambda answer: (answer["selected"] is True, int(answer["pm_score"])))
+    best = max(post["answers"], key=lambda answer: (answer["selected"] is True, int(answer["pm_score"])))
     good = best["selected"] or int(best["pm_score"]) >= min_score
-    domains = good and find(unescape(re.sub(r"<[^<>]*>", " ", row["question"] + " " + best["text"])))
+    domains = good and find(unescape(re.sub(r"<[^<>]*>", " ", post["question"] + " " + best["text"])))
     if not domains:
         return [], {}
-    question, answer = markdown_of(row["question"]), markdown_of(best["text"])
-    address, _, asker = row["metadata"]
+    question, answer = markdown_of(post["question"]), markdown_of(best["text"])
+    if not question or not answer:
+        raise ValueError("its question or its answer holds no text")
+    address, _, asker = post["metadata"]
     by = f"question by {asker}, answer by {best.get('author')} {best.get('author_profile')}, CC BY-SA"
     source = f"HuggingFaceH4/stack-exchange-preferences {address} {by}"
     return domains, {"instruction": question, "input": "", "output": answer, "source": source}
@@ -343,31 +343,23 @@ def markdown_of(html: str) -> str:
 def domain_finder(keywords: dict[str, list[str]]):
     """A function that tells of a text the domains of which it has a keyword."""
     cjk = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # where this text begins a word ends: AI芯片 holds AI
-    word, letter, kinds = re.compile(rf"[^\W{cjk}]+"), rf"[^\W{cjk}]", {}
+    letter, plain, signs = rf"[^\W{cjk}]", [], []
     for domain, keys in keywords.items():
-        words, phrases, patterns = kinds[domain] = set(), [], []
-        for key in map(str.strip, keys):
+        for key in filter(None, (str(key or "").strip() for key in keys)):
             if re.search(f"[{cjk}]", key):
-                patterns.append(re.compile(re.escape(key)))
-            elif word.fullmatch(key):
-                words.add(key if key.isupper() else key.lower())
+                plain.append(("text", key, domain))
             elif re.fullmatch(r"\w+([ -]\w+)*", key):
-                phrases.append(f" {' '.join(word.findall(key)).lower()} ")
+                words = f" {key.replace('-', ' ')} "
+                plain.append(("words", words, domain) if key.isupper() else ("small", words.lower(), domain))
             else:  # with signs: beside it no letter or digit, nor its own sign once more
                 first, key, last = re.escape(key[0]), re.escape(key), re.escape(key[-1])
-                patterns.append(re.compile(f"(?<!{letter})(?<!{first}){key}(?!{letter})(?!{last})"))
+                signs.append((re.compile(f"(?<!{letter})(?<!{first}){key}(?!{letter})(?!{last})"), domain))
 
     def find(text: str) -> list[str]:
-        parts = word.findall(text)
-        line = f" {' '.join(parts).lower()} "
-        found = {*parts, *line.split()}  # as written, which is for those in capitals, and in small letters
-        return [
-            domain
-            for domain, (words, phrases, patterns) in kinds.items()
-            if not words.isdisjoint(found)
-            or any(phrase in line for phrase in phrases)
-            or any(pattern.search(text) for pattern in patterns)
-        ]
+        words = f" {' '.join(re.findall(f'{letter}+', text))} "
+        forms = {"text": text, "words": words, "small": words.lower()}
+        found = {domain for form, key, domain in plain if key in forms[form]}
+        return sorted(found | {domain for sign, domain in signs if sign.search(text)})
 
     return find
 

@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def write_example_data() -> None:
-    pairs = [pair.split(" = ") for line in TRANSLATIONS.strip().splitlines() for pair in line.split(" | ")]
+    pairs = [pair.split(" = ") for pair in re.split(r" \| |\n", TRANSLATIONS.strip())]
     records = [dict(zip(KEYS, ("把下面的英文翻译成中文。", *pair), strict=True)) for pair in pairs]
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     EXAMPLE_DATA.parent.mkdir(parents=True, exist_ok=True)

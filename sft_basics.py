@@ -12,8 +12,6 @@ It trains every weight, in float32. Its texts have no role markers (user, assist
 tuned on its chat template, with loss on the answers alone, stands in qwen_finetuning.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os
@@ -55,8 +53,6 @@ EXAMPLE_PAIRS = [
     {"instruction": "计算", "input": "三十七加五", "output": "四十二"},
     {"instruction": "计算", "input": "六乘以八", "output": "四十八"},
 ]
-
-# ----------------------------------------------------------------------------------------- settings
 
 
 # Same in: all nine scripts
@@ -106,9 +102,6 @@ def parse_args(argv: list[str] | None = None) -> list[FinetuneConfig]:
     return [FinetuneConfig(**said | {"instruction_mode": mode}) for mode in modes]
 
 
-# ------------------------------------------------------------------------------------- the comparison
-
-
 def main(configs: list[FinetuneConfig]) -> None:
     logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s")  # libraries: errors alone
     first = os.environ.get("RANK", "0") == "0"  # of several processes the first speaks
@@ -118,7 +111,7 @@ def main(configs: list[FinetuneConfig]) -> None:
         for name, figures in results.items():
             print(f"{name:<12}" + " · ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     if len(results) == 2:
-        losses = [figures["eval_loss"] for figures in results.values()]
+        losses = (figures["eval_loss"] for figures in results.values())
         LOGGER.info("两种格式的损失对比：instruction=%.4f, sft=%.4f", *losses)
 
 
@@ -181,22 +174,18 @@ def build_dataset(config: FinetuneConfig):
 
 
 def load_fresh_model(config: FinetuneConfig):
-    """(tokenizer, float32 model). Raises ValueError in one line where it can not be read or does not fit.
-
-    Training takes 16 bytes a parameter: float32 weight, gradient, two AdamW moments. A batch's activations
-    come on top.
-    """
+    """(tokenizer, float32 model). Raises ValueError in one line where it can not be read or does not fit."""
     import psutil
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    name, free = config.model_name, psutil.virtual_memory().available
-    free = free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process
+    name = config.model_name
+    free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
     try:
-        with torch.device("meta"):  # shapes without memory: the check comes before any weight
+        with torch.device("meta"):  # shapes alone; 16 bytes a parameter: weight, gradient, two AdamW moments
             need = 16 * AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)).num_parameters()
         if need > free:
             raise ValueError(f"training takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free.")

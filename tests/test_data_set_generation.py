@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, load_script, write_jsonl
@@ -107,7 +106,10 @@ def test_bad_rows_are_named_and_good_ones_kept(build):
     assert len(rows) == 56 and sorted(reject["line"] for reject in rejects) == list(range(1, len(bad) + 2))
     assert all(reject["file"] == "posts.jsonl" and reject["reason"] for reject in rejects)
     Path("orca.jsonl").write_text('{"conversations": [{"from": "human", "value": "x"}]}\n{"a": 1}\n')
-    _, rejects, _ = build(*sources(orca="orca.jsonl"), "--total_samples", 100)
+    with open("orca.jsonl", "a") as file:
+        file.write('{"prompt": "q", "completion": "a"}\n')  # a shape that training reads
+    rows, rejects, _ = build(*sources(orca="orca.jsonl"), "--total_samples", 100)
+    assert {"source": "orca.jsonl", "prompt": "q", "completion": "a"} in rows
     reasons = {reject["line"]: reject["reason"] for reject in rejects}
     assert reasons[1].startswith("it has no answer") and reasons[2].startswith("unknown shape")
 
@@ -115,21 +117,18 @@ def test_bad_rows_are_named_and_good_ones_kept(build):
 def test_the_hub_streams_and_sites_with_a_domain_come_first(build, monkeypatch):
     import datasets
 
-    url = "hf://datasets/Org/Set@1/data/{}.stackexchange.com/train.parquet"
-    urls, asked = [url.format(site) for site in ("cooking", "ai", "biology")], []
-
-    def load_dataset(kind, data_files, split, streaming):
-        asked.append((kind, data_files, split, streaming))
-        posts = [STACK[0] | {"question": f"<p>AI {file} {n}</p>"} for file in data_files for n in range(20)]
-        return datasets.IterableDataset.from_generator(lambda: iter(posts))
-
-    config = SimpleNamespace(data_files={"train": urls})
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names: SimpleNamespace(config=config))
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    sites = [Path(f"data/{site}.stackexchange.com/train.jsonl").absolute() for site in ("ai", "cooking")]
+    for path in sites:
+        path.parent.mkdir(parents=True)
+        write_jsonl(path, [STACK[0] | {"question": f"<p>AI {path.parent.name} {n}</p>"} for n in range(2500)])
+    files, make = {"train": list(map(str, sites))}, datasets.load_dataset_builder
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names: make("json", data_files=files))
     rows, _, _ = build(*sources("Org/Set"), "--ratios", "ai=1", "--total_samples", 40)
-    assert asked == [("parquet", urls[1:], "train", True)]
+    numbers = [int(row["instruction"].split()[-1]) for row in rows]
     assert len(rows) == 40 and not any("cooking" in row["instruction"] for row in rows)
-    assert len(build(*sources("Org/Set"), "--ratios", "ai=1", "--total_samples", 60)[0]) == 60
+    assert 100 < max(numbers) < 2000  # shuffled within a buffer
+    rows, _, _ = build(*sources("Org/Set"), "--ratios", "ai=1", "--total_samples", 5000)
+    assert len(rows) == 5000
 
 
 def test_edited_keywords_and_a_file_of_them_act(build, tmp_path):
@@ -151,7 +150,10 @@ def test_edited_keywords_and_a_file_of_them_act(build, tmp_path):
         (["--ratios", "ai=0.5"], "sum 1"),
         (["--ratios", "ai=1", "junk"], "use name=number with my_reports, orca, bio, ai, ic"),
         (["--keywords", "k.json"], "an object with the lists of words ai, ic, bio"),
-        (["--output_file", "mine.jsonl", "--orca_data_path", "mine.jsonl"], "mine.jsonl is a source"),
+        (
+            ["--output_file", "mine.jsonl", "--stackexchange_data_path", "mine.jsonl", "--ratios", "bio=1"],
+            "mine.jsonl is, or lies in, a source",
+        ),
         (["--stackexchange_data_path", "No/where"], "Couldn't reach 'No/where' on the Hub"),
         (
             ["--stackexchange_data_path", "no.jsonl", "--ratios", "ai=1"],
@@ -169,7 +171,7 @@ def test_faults_are_one_line_and_change_nothing(build, args, words):
     assert Path(MIX).read_text() == "old" and Path("mine.jsonl").read_text() == '{"a": 1}\n'
 
 
-WORDS = {"sign": ["C++", ".NET", "C#", "Node.js"], "abc": ["IC", "gene", "op amp"], "cjk": ["芯片"]}
+WORDS = {"sign": ["C++", ".NET", "C#", "Node.js"], "abc": ["IC", "gene", "op amp", " "], "cjk": ["芯片"]}
 MATCHES = {"learn C++.": "sign", "(C++)": "sign", "the .NET runtime": "sign", "in .NET.": "sign",
     "用C#写": "sign", "F#/C#": "sign", "Node.js": "sign", "An IC.": "abc", "The Gene": "abc", "op-amp": "abc",
     "IC芯片": "abc cjk", "vitamin C, NET profit": "", "C++11 or c++ or C+++": "", "Nodexjs": "", "ic": "",

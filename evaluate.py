@@ -2,10 +2,8 @@
 
     python evaluate.py --rouge --bleu --compare_base
     python evaluate.py --model models/merged --dataset_path test.jsonl --eval_ratio 1
-    python evaluate.py --rouge --resume            # goes on with an evaluation that was killed
 
-Reads   --model: adapter folder, model folder or hub id; finetune_config.json there names the held-out rows
-        --dataset_path: .jsonl or .json, a row as in training; those that it was trained on are left out
+Reads   --model, whose finetune_config.json names the held-out rows; or --dataset_path, less trained rows
 Writes  evaluation_results/metrics.json       {"eval_loss": 0.445, "perplexity": 1.56, "stop_rate": 1.0, ...}
         evaluation_results/predictions.jsonl  {"prompt": "解释LoRA", "prediction": "…", "score": 0.57, ...}
         evaluation_results/report.html        the same to read by eye, lowest score first
@@ -25,10 +23,10 @@ import os
 import re
 import sys
 import unicodedata
-from collections import Counter
 from dataclasses import dataclass, field, fields
+from difflib import SequenceMatcher
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
@@ -38,15 +36,13 @@ HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]
 ALONE = re.compile("[\u3040-\u30ff\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\U0001f000-\U0001faff]")
 SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool", "user": "user"}
 SPEAKERS |= {"assistant": "assistant", "system": "system", "tool": "tool"}
-KEPT = ("tool_calls", "reasoning_content", "name", "tool_call_id", "weight")  # of a turn, as in training
+KEPT = ("tool_calls", "reasoning_content", "name", "tool_call_id")  # of a turn, as in training
 NOT_JUDGED = {"history", "train", "loss", "function_call", "reasoning", "image", "images", "audio", "video"}
 REPORT = """<!DOCTYPE html><meta charset="utf-8"><title>{{ title }}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>td { border: 1px solid #ccc; padding: 0.4em; vertical-align: top; white-space: pre-wrap }</style>
-<h1>{{ title }}</h1>
-{% for heading, rows in tables.items() %}<h2>{{ heading }}</h2><table>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table>{% endfor %}"""
+<h1>{{ title }}</h1><pre>{{ scores }}</pre><table>
+{% for row in answers %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>"""
 
 
 # Same in: all nine scripts
@@ -100,24 +96,22 @@ def parse_args(argv: list[str] | None = None) -> Config:
 def main(config: Config) -> None:
     if config.compare_base and not Path(config.model, "adapter_config.json").is_file():
         raise ValueError(f"--compare_base switches an adapter off; {config.model} is none")
-    needed = ["jieba", "rouge_score"] * config.rouge + ["sacrebleu"] * config.bleu
-    if missing := [name for name in needed if not find_spec(name)]:
-        raise ValueError(f"--rouge or --bleu needs what is not here: pip install {' '.join(missing)}")
+    library = library_metrics(config)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     file = config.output_dir / "predictions.unfinished.jsonl"
-    done = earlier_answers(file, config.resume)
+    if file.is_file() and not config.resume:
+        raise ValueError(f"{file} is of an evaluation that was killed: pass --resume, or delete it")
     rows, source = rows_to_judge(config)
-    library = library_metrics(config.metrics)
     model, tokenizer = load_model(config.model)
     ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    model.generation_config.eos_token_id = ends = ends if isinstance(ends, list) else [ends]
     rows = usable(rows, partial(with_ids, tokenizer, ends, config.max_seq_length), config.skip_bad_rows)
     sides, predictions = {}, [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
-    for side, prefix in (("model", ""), ("base", "base_"))[: 1 + config.compare_base]:
+    for side, prefix in [("model", ""), ("base", "base_")][: 1 + config.compare_base]:
         if side == "base":
             model.disable_adapters()  # the base comes last: enable_adapters forgets modules_to_save
         loss = mean_loss(model, [example for row in rows for example in row["examples"]])
-        answers = answer_all(model, tokenizer, [row["prompt_ids"] for row in rows], side, done, file, config)
+        answers = answer_all(model, tokenizer, [row["prompt_ids"] for row in rows], side, file, config)
         values, scores = judge(answers, predictions, tokenizer, config, library)
         sides[side] = {"eval_loss": loss, "perplexity": math.exp(min(loss, 700))} | values
         for row, (text, stopped), score in zip(predictions, answers, scores, strict=True):
@@ -126,16 +120,13 @@ def main(config: Config) -> None:
     file.unlink()
 
 
-def earlier_answers(file: Path, resume: bool) -> dict[str, list[str]]:
-    """The answers that an evaluation left when it was killed, by what was asked (`answer_all`)."""
-    if file.is_file() and not resume:
-        raise ValueError(f"{file} is of an evaluation that was killed: pass --resume, or delete it")
-    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []  # the last may be cut
-    file.write_bytes(b"".join(line + b"\n" for line in lines))
-    try:
-        return {asked: [text, stopped] for asked, text, stopped in map(json.loads, lines)}
-    except (ValueError, TypeError):
-        raise ValueError(f"{file} is broken; delete it to start anew") from None
+def library_metrics(config: Config) -> dict:
+    """--metrics by name. Raises ImportError, before hours of answers, where a score's library is missing."""
+    for name in ["jieba", "rouge_score"] * config.rouge + ["sacrebleu"] * config.bleu:
+        import_module(name)
+    here = Path(__file__).resolve().parent  # this file has the name of the library, and would be found first
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != here]
+    return {Path(name).stem: import_module("evaluate").load(name) for name in config.metrics}
 
 
 def rows_to_judge(config: Config) -> tuple[list[dict], dict]:
@@ -143,123 +134,85 @@ def rows_to_judge(config: Config) -> tuple[list[dict], dict]:
     from datasets import Dataset
 
     record = Path(config.model, "finetune_config.json")
-    run = loads(record.read_text(encoding="utf-8"), record) if record.is_file() else {}
-    trained, used = run.get("dataset", {}).get("path", ""), set()
-    stored, listed = (Path(run.get(name, "-")) for name in ("held_out", "trained_on"))
+    run = json.loads(record.read_bytes()) if record.is_file() else {}
+    trained = run.get("dataset", {}).get("path", "")
     source = config.dataset_path or trained
-    if not source:
-        raise ValueError(f"{config.model} names no rows to judge by; pass --model or --dataset_path")
     own = Path(source).resolve() == Path(trained).resolve()
-    if own and run.get("settings", {}).get("eval_ratio") == 0:
-        raise ValueError(f"{config.model}: its training held no rows out; pass another --dataset_path")
+    stored, listed = (Path(run.get(name, "-")) for name in ("held_out", "trained_on"))
     if own and stored.is_file():
-        rows = list(read_rows(str(stored), config.skip_bad_rows).values())
-        asked = (config.eval_ratio, config.seed) != (Config.eval_ratio, Config.seed)
-        without = "; --eval_ratio and --seed choose none of them" if asked else ""
-        note(f"{len(rows)} rows as training stored them{without}")
-        return rows[: config.limit], {"path": str(stored)}
-    if own:
-        note(f"{stored} is not there: the training's split is made again, by --eval_ratio and --seed")
-    elif listed.is_file():
-        used = set(listed.read_text(encoding="utf-8").split())
+        rows = chosen = read_rows(str(stored), config.skip_bad_rows)
+        facts, told = {"path": str(stored)}, "as training stored them, whatever --eval_ratio and --seed say"
     else:
-        note("rows that the model was trained on can not be told from others: no list of them is there")
-    rows = read_rows(source, config.skip_bad_rows)
-    fresh = [text for text in rows if hashlib.sha256(text.encode()).hexdigest()[:16] not in used]
-    facts = {"path": source, "rows": len(rows), "trained_on": len(rows) - len(fresh)}
-    if config.eval_ratio != 1 and fresh:
-        split = Dataset.from_dict({"text": fresh}).train_test_split(config.eval_ratio, seed=config.seed)
-        fresh = list(split["test"]["text"])
-    note(
-        f"{len(fresh)} of {len(rows)} rows of {source}; {facts['trained_on']} that training used are left out"
-    )
-    if not fresh:
-        raise ValueError(f"{source}: no row is left to judge by")
-    return [rows[text] for text in fresh[: config.limit]], facts
-
-
-def loads(text: str, source: Path | str):
-    """What a JSON text means. Raises ValueError that names its file."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{source} is broken: {error}") from None
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr)
+        used = set(listed.read_text(encoding="utf-8").split()) if listed.is_file() else set()
+        rows = read_rows(source, config.skip_bad_rows)
+        chosen = [text for text in rows if hashlib.sha256(text.encode()).hexdigest()[:16] not in used]
+        facts = {"path": source, "rows": len(rows), "trained_on": len(rows) - len(chosen)}
+        if chosen and config.eval_ratio != 1 and not (own and used):
+            split = Dataset.from_dict({"text": chosen}).train_test_split(config.eval_ratio, seed=config.seed)
+            chosen = split["test"]["text"]
+        told = f"{facts['trained_on']} trained on are left out" if used else "no list of those trained on"
+    print(f"{len(chosen)} of {len(rows)} rows of {facts['path']}: {told}", file=sys.stderr)
+    if not chosen:
+        raise ValueError("no row is left to judge by; pass another --dataset_path")
+    return [rows[text] for text in chosen][: config.limit], facts
 
 
 def read_rows(path: str, skip: bool) -> dict[str, dict]:
     """Rows of a file by their messages and tools as JSON text, of which training keeps digests."""
     if not path.endswith((".jsonl", ".json")):
-        raise ValueError(f"{path}: what is judged by must be a .jsonl or .json file")
+        raise ValueError(f"rows to judge by: {path!r} is no .jsonl or .json file; pass a --dataset_path")
     text, rows = Path(path).read_text(encoding="utf-8-sig"), {}
-    lines = map(json.dumps, loads(text, path)) if text.lstrip().startswith("[") else text.split("\n")
-    lines = [{"where": f"{path}:{n}", "text": line} for n, line in enumerate(lines, 1) if line.strip()]
+    lines = map(json.dumps, json.loads(text)) if text.lstrip().startswith("[") else text.split("\n")
+    lines = [{"where": f"{path}:{n}", "line": line} for n, line in enumerate(lines, 1) if line.strip()]
     for row in usable(lines, row_of, skip):
-        text = json.dumps([row["messages"], row["tools"]], ensure_ascii=False)
-        rows.setdefault(text, row | {"examples": []})["examples"] += row["examples"]
+        rows.setdefault(row["text"], row | {"examples": []})["examples"] += row["examples"]
     return rows
 
 
 def usable(rows: list[dict], convert, skip: bool) -> list[dict]:
     """Each row with what `convert` finds in it. Raises ValueError naming ten bad ones, unless `skip`."""
-    from jinja2 import TemplateError
-
     good, bad = [], []
     for row in rows:
         try:
             good.append(row | convert(row))
-        except (ValueError, LookupError, TypeError, AttributeError, TemplateError) as error:
+        except Exception as error:  # a record may be of any form, and a chat template may refuse it
             bad.append(f"\n  {row['where']}: {error}")
-    wrong = f"{len(bad)} of {len(rows)} rows can not be used"
+    wrong = f"{len(bad)} of {len(rows)} rows can not be used{''.join(bad[:10])}"
     if bad and not (skip and good):
-        raise ValueError(f"{wrong}; mend them or pass --skip_bad_rows{''.join(bad[:10])}")
+        raise ValueError(f"{wrong}\nmend them or pass --skip_bad_rows")
     if bad:
-        note(f"{wrong}; they are left out")
+        print(wrong, file=sys.stderr)
     return good
 
 
 def row_of(line: dict) -> dict:
-    """A record's `messages` as training writes them, place of the `last_answer`, `tools`, `examples`."""
-    record = json.loads(line["text"])
+    """A record as training writes it (`text`), its `messages` up to the last answer, `tools`, `examples`."""
+    record = json.loads(line["line"])
     question = "\n补充信息：".join(record[key] for key in ("instruction", "input") if record.get(key))
     pair = {"user": question, "assistant": record.get("output") or record.get("response")}
     turns = [{"role": role, "content": text} for role, text in pair.items()]
     turns = record.get("messages") or record.get("conversations") or turns
     if record.get("system") and turns[0].get("role") != "system":
         turns = [{"role": "system", "content": record["system"]}, *turns]
-    if unread := NOT_JUDGED & {key for item in (record, *turns) for key in item if item[key]}:
-        raise ValueError(f"{', '.join(sorted(unread))}: this is not read here")
-    messages = []
+    used = {key for item in (record, *turns) for key, value in item.items() if value not in (None, "", [])}
+    if unread := sorted(NOT_JUDGED & used):
+        raise ValueError(f"{', '.join(unread)}: this is not read here")
+    messages, answered = [], 0
     for turn in turns:
         message = {"role": SPEAKERS.get(turn.get("role") or turn.get("from"))}
         message["content"] = turn.get("content") or turn.get("value") or ""
-        messages.append(message | {key: turn[key] for key in KEPT if turn.get(key) not in (None, [], 1)})
-    said = [turn["role"] and (turn["content"] or turn.get("tool_calls")) for turn in messages]
-    answers = [
-        n for n, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight") != 0
-    ]
-    if not all(said) or not answers:
+        messages.append(message := message | {key: turn[key] for key in KEPT if turn.get(key)})
+        if message["role"] == "assistant" and turn.get("weight") == 0:
+            message["weight"] = 0
+        elif message["role"] == "assistant":
+            answered = len(messages)
+    said = [m["role"] == "tool" or m["role"] and (m["content"] or m.get("tool_calls")) for m in messages]
+    if not answered or not all(said):
         raise ValueError("expected messages with an assistant's answer, or instruction, input and output")
-    stored = [{key: record[key] for key in ("input_ids", "labels")}] if "input_ids" in record else []
     tools = record.get("tools") or []
-    return {"messages": messages, "last_answer": answers[-1], "tools": tools, "examples": stored}
-
-
-def library_metrics(names: tuple[str, ...]) -> dict:
-    """Metrics of the library `evaluate` by name. This file has its name too, and would be found first."""
-    if not names:
-        return {}
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [place for place in sys.path if Path(place).resolve() != here]
-    try:
-        import evaluate
-
-        return {Path(name).stem: evaluate.load(name) for name in names}
-    except ImportError as error:
-        raise ValueError(f"--metrics: {error}") from None
+    row = {"text": json.dumps([messages, tools], ensure_ascii=False), "messages": messages[:answered]}
+    stored = [{key: record[key] for key in ("input_ids", "labels")}] if "input_ids" in record else []
+    return row | {"tools": tools, "examples": stored}
 
 
 # Same in: chat.py, evaluate.py, inference.py
@@ -295,9 +248,8 @@ def load_model(name: str):
 
 
 def with_ids(tokenizer, ends: list[int], limit: int, row: dict) -> dict:
-    """A row's `prompt`, `prompt_ids`, `reference`, `examples` (if none is stored: the last answer, cut at
-    `limit`), and whether one is `cut`."""
-    *turns, last = row["messages"][: row["last_answer"] + 1]
+    """What a row is judged by; where no example is stored, it is the last answer's, cut at `limit`."""
+    *turns, last = row["messages"]
     options = {"tools": row["tools"] or None, "sanitize_control_tokens": True, "return_dict": False}
     prompt_ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
     ids = tokenizer.apply_chat_template([*turns, last], **options)
@@ -305,14 +257,13 @@ def with_ids(tokenizer, ends: list[int], limit: int, row: dict) -> dict:
     end = next((i for i in range(start, len(ids)) if ids[i] in ends), len(ids) - 1) + 1
     labels = [-100] * start + ids[start:end] + [-100] * (len(ids) - end)
     examples = row["examples"] or [{"input_ids": ids[:limit], "labels": labels[:limit]}]
-    calls = [json.dumps(call["function"], ensure_ascii=False) for call in last.get("tool_calls", ())]
-    talk = [f"{turn['role']}: {turn['content']}" for turn in turns if turn["role"] != "system"]
-    prompt = "\n".join(talk) if len(talk) > 1 else turns[-1]["content"]
-    reference = answer_of(last["content"]) or "\n".join(calls)
     # a whole example ends with the end of a turn, and white space perhaps
     cut = any(set(ends).isdisjoint(example["input_ids"][-2:]) for example in examples)
-    answer = {"prompt": prompt, "prompt_ids": prompt_ids, "reference": reference}
-    return answer | {"examples": examples, "cut": cut}
+    talk = [f"{turn['role']}: {turn['content']}" for turn in turns if turn["role"] != "system"]
+    prompt = "\n".join(talk) if len(talk) > 1 else turns[-1]["content"]
+    reference = answer_of(tokenizer.decode(ids[start:end], skip_special_tokens=True))
+    judged = {"prompt": prompt, "prompt_ids": prompt_ids, "reference": reference}
+    return judged | {"examples": examples, "cut": cut}
 
 
 def mean_loss(model, examples: list[dict]) -> float:
@@ -331,25 +282,24 @@ def mean_loss(model, examples: list[dict]) -> float:
     return total / count if count else math.nan
 
 
-def answer_all(model, tokenizer, prompts, side: str, done: dict, file: Path, config: Config) -> list[list]:
-    """[text, why it stopped] for each prompt (token ids); what is not `done` is answered and kept in `file`.
-
-    A prompt that leaves less room in the model's positions than an answer may take is answered alone, so that
-    no answer depends on --batch_size.
-    """
+def answer_all(model, tokenizer, prompts: list, side: str, file: Path, config: Config) -> list[list]:
+    """[text, why it stopped] for each prompt (token ids); `file` keeps them, and gives earlier ones."""
     from tqdm import tqdm
 
+    kept = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []  # the last line may be cut
+    file.write_bytes(b"".join(line + b"\n" for line in kept))
+    done = {asked: answer for asked, *answer in map(json.loads, kept)}
     # an answer's key is all that it depends on: what was answered under other settings does not count
     weights = [path.stat().st_mtime_ns for path in sorted(Path(config.model).glob("*.safetensors"))]
     keys = [json.dumps([side, config.model, weights, config.max_new_tokens, ids]) for ids in prompts]
+    order = [i for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) if keys[i] not in done]
+    if config.resume:
+        print(f"{len(prompts) - len(order)} answers of the {side} are there already", file=sys.stderr)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     room = [min(config.max_new_tokens, positions - len(ids)) for ids in prompts]
-    order = [i for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) if keys[i] not in done]
-    full = [i for i in order if room[i] == config.max_new_tokens]
+    # the longest come first; those with less room than an answer may take alone, at every --batch_size
     batches = [[i] for i in order if room[i] < config.max_new_tokens]
-    batches += [full[n : n + config.batch_size] for n in range(0, len(full), config.batch_size)]
-    if config.resume:
-        note(f"{len(prompts) - len(order)} answers of the {side} are there already")
+    batches += [order[n : n + config.batch_size] for n in range(len(batches), len(order), config.batch_size)]
     with open(file, "a", encoding="utf-8", buffering=1) as log:  # each line at once
         for batch in tqdm(batches, desc=f"answers of the {side}", unit="batch", disable=None):
             made = generate(model, [prompts[i] for i in batch], room[batch[0]])
@@ -361,49 +311,54 @@ def answer_all(model, tokenizer, prompts, side: str, done: dict, file: Path, con
 
 
 def generate(model, prompts: list[list[int]], room: int) -> list[tuple[list[int], str]]:
-    """(token ids, why it stopped: `end_of_turn`, `limit`, `no_room`) of the answer to each prompt."""
+    """(token ids, why it stopped: `end_of_turn`, `limit`, `no_room`) of the greedy answer to each prompt."""
     import torch
 
     if room < 1:
         return [([], "no_room")] * len(prompts)
-    longest, ends = len(prompts[0]), torch.tensor(model.generation_config.eos_token_id).flatten().tolist()
-    ids = torch.tensor([[ends[0]] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    options = {"attention_mask": mask.to(model.device), "max_new_tokens": room, "pad_token_id": ends[0]}
-    # greedy, whatever the model's own settings say
-    options |= {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    ids = [torch.tensor(prompt) for prompt in prompts]
+    ids = torch.nn.utils.rnn.pad_sequence(ids, True, -1, padding_side="left").to(model.device)
+    greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    greedy |= {"attention_mask": (ids >= 0).long(), "max_new_tokens": room}
     try:
-        output = model.generate(ids.to(model.device), **options)[:, longest:].tolist()
+        output = model.generate(ids.clamp(min=0), **greedy)[:, ids.shape[1] :].tolist()
     except torch.OutOfMemoryError:
         raise ValueError("out of memory: take a smaller --batch_size, and go on by --resume") from None
-    stops = [next((place for place, id in enumerate(new) if id in ends), None) for new in output]
-    whys = ["limit" if stop is None else "end_of_turn" for stop in stops]
-    return [(new[:stop], why) for new, stop, why in zip(output, stops, whys, strict=True)]
+    ends, answers = model.generation_config.eos_token_id, []
+    for new in output:
+        stop = next((place for place, id in enumerate(new) if id in ends), None)
+        answers.append((new[:stop], "limit" if stop is None else "end_of_turn"))
+    return answers
 
 
 def judge(answers, rows: list[dict], tokenizer, config: Config, library: dict) -> tuple[dict, list[float]]:
     """Metrics of the answers, and a score of each: ROUGE-L with --rouge, else the share of common words."""
     texts, references = [answer_of(text) for text, _ in answers], [row["reference"] for row in rows]
     lengths = [fmean(map(len, tokenizer(t, add_special_tokens=False).input_ids)) for t in (texts, references)]
-    values = {
-        "empty_rate": fmean(not text for text in texts),
-        "stop_rate": fmean(stopped == "end_of_turn" for _, stopped in answers),
-        "avg_pred_len_tokens": lengths[0],
-        "avg_ref_len_tokens": lengths[1],
-        "len_ratio_pred_over_ref": lengths[0] / lengths[1] if lengths[1] else None,
-        "distinct-1": distinct(texts, 1),
-        "distinct-2": distinct(texts, 2),
-    }
-    scores = list(map(overlap, texts, references))
+    values = {"empty_rate": fmean(not text for text in texts)}
+    values["stop_rate"] = fmean(stopped == "end_of_turn" for _, stopped in answers)
+    values |= {"avg_pred_len_tokens": lengths[0], "avg_ref_len_tokens": lengths[1]}
+    values["len_ratio_pred_over_ref"] = lengths[0] / lengths[1] if lengths[1] else None
+    for n in (1, 2):  # different runs of n words over all of them (arXiv:1510.03055)
+        runs = [tuple(found[i : i + n]) for found in map(words, texts) for i in range(len(found) - n + 1)]
+        values[f"distinct-{n}"] = len(set(runs)) / max(len(runs), 1)
+    pairs = zip(map(words, texts), map(words, references), strict=True)
+    scores = [SequenceMatcher(None, *pair, autojunk=False).ratio() for pair in pairs]
     if config.rouge:
         found, scores = rouge(texts, references)
         values |= found
     if config.bleu:
-        values |= bleu(texts, references)
+        from sacrebleu.metrics import BLEU
+
+        metric = BLEU(tokenize="zh" if any(map(HAN.search, references)) else "13a")
+        spaced = [[ALONE.sub(r" \g<0> ", text) for text in side] for side in (texts, references)]
+        score = metric.corpus_score(spaced[0], spaced[1:], n_bootstrap=1000)
+        interval = [max(0.0, score._mean - score._ci), min(100.0, score._mean + score._ci)]
+        values |= {"bleu": score.score, "bleu_interval": interval}
+        values["bleu_signature"] = str(metric.get_signature())
     for name, metric in library.items():
-        found = metric.compute(predictions=texts, references=references)
-        found = {key if key == name else f"{name}_{key}": value for key, value in found.items()}
-        values |= {f"{key} (library)" if key in values else key: value for key, value in found.items()}
+        for key, value in metric.compute(predictions=texts, references=references).items():
+            values[key if key == name and key not in values else f"{name}_{key}"] = value
     return values, scores
 
 
@@ -418,18 +373,6 @@ def words(text: str, cut=list) -> list[str]:
     spaced = ALONE.sub(r" \g<0> ", spaced)
     kept = "".join(c if unicodedata.category(c)[0] in "LMN" or ALONE.match(c) else " " for c in spaced)
     return kept.split() or list("".join(text.split()))
-
-
-def distinct(texts: list[str], n: int) -> float:
-    """Different runs of n words over all of them (arXiv:1510.03055); 0 where there is none."""
-    runs = [tuple(found[i : i + n]) for found in map(words, texts) for i in range(len(found) - n + 1)]
-    return len(set(runs)) / max(len(runs), 1)
-
-
-def overlap(text: str, reference: str) -> float:
-    """The words that two texts share, as a part of all their words."""
-    a, b = Counter(words(text)), Counter(words(reference))
-    return 2 * (a & b).total() / max((a + b).total(), 1)
 
 
 def rouge(texts: list[str], references: list[str]) -> tuple[dict, list[float]]:
@@ -449,56 +392,37 @@ def rouge(texts: list[str], references: list[str]) -> tuple[dict, list[float]]:
     return values, found.tolist()  # ROUGE-L came last
 
 
-def bleu(texts: list[str], references: list[str]) -> dict:
-    """Corpus BLEU, 0 to 100, with its 95 % interval and sacreBLEU's signature."""
-    from sacrebleu.metrics import BLEU
-
-    metric = BLEU(tokenize="zh" if any(map(HAN.search, references)) else "13a")
-    texts, references = ([ALONE.sub(r" \g<0> ", text) for text in side] for side in (texts, references))
-    score = metric.corpus_score(texts, [references], n_bootstrap=1000)
-    interval = [max(0.0, score._mean - score._ci), min(100.0, score._mean + score._ci)]
-    return {"bleu": score.score, "bleu_interval": interval, "bleu_signature": str(metric.get_signature())}
-
-
 def write_results(config: Config, source: dict, sides: dict, rows: list, predictions: list[dict]) -> None:
     """Write metrics.json, predictions.jsonl and report.html; print the scores."""
     from jinja2 import Environment
 
     sizes = sorted(len(example["input_ids"]) for row in rows for example in row["examples"])
-    p95, wide = sizes[math.ceil(0.95 * len(sizes)) - 1], sizes[-1] // 30 + 1  # for a picture of 30 bars
-    facts = {"model": config.model, "dataset": source | {"evaluated": len(rows)}}
-    facts["length"] = {"min": sizes[0], "median": median(sizes), "p95": p95, "max": sizes[-1]}
-    facts |= {"truncation_rate": fmean(row["cut"] for row in rows)} | sides.pop("model") | sides
-    text = json.dumps(facts, default=lambda number: number.tolist())  # a metric may give numpy's numbers
-    facts = json.loads(text, parse_constant=lambda name: None)  # or NaN, which is no JSON
-    names = [name for name in facts if name not in ("model", "dataset", "base", "bleu_signature")]
-    scores = [["", "model", *sides]]
-    scores += [[name, facts[name], *(side.get(name, "") for side in sides.values())] for name in names]
-    counts = sorted(Counter(size // wide * wide for size in sizes).items())
-    bars = [[f"from {size}", "█" * math.ceil(40 * count / len(sizes)), count] for size, count in counts]
+    p95 = sizes[math.ceil(0.95 * len(sizes)) - 1]
+    length = {"min": sizes[0], "median": median(sizes), "p95": p95, "max": sizes[-1]}
+    sides["model"] = {"length": length, "truncation_rate": fmean(row["cut"] for row in rows)} | sides["model"]
+    text = json.dumps(sides, default=lambda number: number.tolist())  # a metric may give numpy's numbers
+    sides = json.loads(text, parse_constant=lambda name: None)  # or NaN, which is no JSON
+    table = [["", *sides]]
+    table += [[name, *(side.get(name, "") for side in sides.values())] for name in sides["model"]]
+    scores = "\n".join("".join(f"{shown(cell):<28}" for cell in row).rstrip() for row in table)
     columns = ["score", "prompt", "reference", "prediction"] + ["base_prediction"] * config.compare_base
-    answers = sorted([row[name] for name in columns] for row in predictions)
-    tables = {"Scores": scores, "Lengths in tokens": bars, "Answers, lowest score first": [columns, *answers]}
+    answers = [columns, *sorted([row[name] for name in columns] for row in predictions)]
     page = Environment(autoescape=True, finalize=shown).from_string(REPORT)
-    page = page.render(title=f"Evaluation of {config.model}", tables=tables)
+    page = page.render(title=f"Evaluation of {config.model}", scores=scores, answers=answers)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    print(scores, f"Perplexity: {shown(sides['model']['perplexity'])}", sep="\n")
+    if config.bleu:
+        print(f"BLEU: {shown(sides['model']['bleu'])}")
+    facts = {"model": config.model, "dataset": source | {"evaluated": len(rows)}} | sides.pop("model") | sides
     text = json.dumps(facts, ensure_ascii=False, indent=2)
-    files = {"report.html": page, "predictions.jsonl": lines, "metrics.json": text}
-    for name, content in files.items():  # written beside its place, so that it is never half written
-        partial = Path(config.output_dir, name + ".partial")
+    for name, content in {"report.html": page, "predictions.jsonl": lines, "metrics.json": text}.items():
+        partial = Path(config.output_dir, name + ".partial")  # so that none is ever half written
         partial.write_text(content, encoding="utf-8")
         os.replace(partial, Path(config.output_dir, name))
-    for row in scores:
-        print("".join(f"{shown(cell):<28}" for cell in row).rstrip())
-    print(f"Perplexity: {shown(facts['perplexity'])}")
-    if config.bleu:
-        print(f"BLEU: {shown(facts['bleu'])}")
 
 
 def shown(value: object) -> str:
     """A value as text for a person, without control characters."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {shown(part)}" for name, part in value.items())
     if isinstance(value, list):
         return f"[{', '.join(map(shown, value))}]"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -510,7 +434,7 @@ if __name__ == "__main__":
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
-    except (OSError, ValueError) as error:  # a person's mistake or a file's; a bug keeps its traceback
+    except (ImportError, OSError, ValueError) as error:  # a person's mistake; a bug keeps its traceback
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

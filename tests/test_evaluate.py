@@ -95,7 +95,7 @@ def test_the_whole_as_a_person_runs_it(tiny_adapter, tmp_path):
     ]
     done = run_script("evaluate.py", "--model", tiny_adapter, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "4 rows as training stored them; --eval_ratio and --seed choose none" in done.stderr
+    assert "held_out.jsonl: as training stored them, whatever --eval_ratio and --seed say" in done.stderr
     results = tmp_path / "evaluation_results"
     assert sorted(p.name for p in results.iterdir()) == ["metrics.json", "predictions.jsonl", "report.html"]
     metrics = json.loads((results / "metrics.json").read_text())
@@ -106,7 +106,7 @@ def test_the_whole_as_a_person_runs_it(tiny_adapter, tmp_path):
     low, high = metrics["bleu_interval"]
     assert 0 <= low <= high <= 100 and metrics["rougeL_interval"][0] <= metrics["rougeL"]
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["model", "base"] and lines[1].startswith("length") and " p95 " in lines[1]
+    assert lines[0].split() == ["model", "base"] and lines[1].startswith("length") and "'p95': " in lines[1]
     assert lines[-2] == f"Perplexity: {metrics['perplexity']:.4g}" and lines[-1].startswith("BLEU: ")
 
 
@@ -170,15 +170,14 @@ def test_killed_in_the_middle_of_300_rows_it_goes_on(run, evaluate, tmp_path, mo
     with pytest.raises(ValueError, match="pass --resume, or delete it"):
         run(*flags)
     text = file.read_bytes()
-    assert len(evaluate.earlier_answers(file, True)) == kept and text.startswith(file.read_bytes())
-    assert file.read_bytes().endswith(b"\n")  # the half line is gone
     metrics, predictions, words = run(*flags, "--resume")
     assert f"{kept} answers of the model are there already" in words
     assert (metrics, predictions) == whole[:2] and not file.exists()
 
     file.write_bytes(text.replace(b'["', b'{"', 1))
-    with pytest.raises(ValueError, match="is broken; delete it to start anew"):
+    with pytest.raises(ValueError, match="Expecting ':' delimiter"):
         run(*flags, "--resume")
+    assert file.read_bytes().count(b"\n") == kept  # the half line is gone
     file.write_bytes(b"")
     assert "0 answers of the model are there already" in run("--limit", "2", "--resume")[2]
 
@@ -186,8 +185,11 @@ def test_killed_in_the_middle_of_300_rows_it_goes_on(run, evaluate, tmp_path, mo
 def test_rows_that_were_trained_on_are_left_out_of_another_file(run, tiny_adapter, tmp_path):
     model = shutil.copytree(tiny_adapter, tmp_path / "model")
     trained = [{"instruction": f"Trained {n}", "output": "yes"} for n in range(5)]
-    talk = [{"from": "human", "value": "q"}, {"weight": 0, "content": "a", "role": "assistant"}]
+    talk = [{"from": "human", "value": "q", "weight": 0}, {"weight": 0, "content": "a", "role": "assistant"}]
     trained += [{"conversations": talk + talk[:1] + [{"from": "gpt", "value": "b", "x": 1}], "system": "s"}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    trained += [{"messages": [*talk, {"role": "tool", "content": ""}, {"role": "assistant", "content": "b"}]}]
     training = load_script("qwen_finetuning")
     texts = [json.dumps(training.messages_of(record), ensure_ascii=False) for record in trained]
     digests = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
@@ -200,20 +202,21 @@ def test_rows_that_were_trained_on_are_left_out_of_another_file(run, tiny_adapte
 
     flags = ["--dataset_path", "test.jsonl", "--eval_ratio", "1"]
     metrics, predictions, words = run(*flags, model=model)
-    assert "2 of 8 rows of test.jsonl; 6 that training used are left out" in words
+    assert "2 of 9 rows of test.jsonl: 7 trained on are left out" in words
     assert [row["prompt"] for row in predictions] == ["Fresh 0", "Fresh 1"]
-    assert metrics["dataset"] == {"path": "test.jsonl", "rows": 8, "trained_on": 6, "evaluated": 2}
+    assert metrics["dataset"] == {"path": "test.jsonl", "rows": 9, "trained_on": 7, "evaluated": 2}
     (tmp_path / "trained_on.txt").unlink()
-    assert "can not be told from others: no list of them is there" in run(*flags, model=model)[2]
-    record |= {"settings": record["settings"] | {"eval_ratio": 0}, "held_out": ""}
+    assert "9 of 9 rows of test.jsonl: no list of those trained on" in run(*flags, model=model)[2]
+    (tmp_path / "nothing.jsonl").write_text("")  # as a training with --eval_ratio 0 leaves it
+    record |= {"held_out": str(tmp_path / "nothing.jsonl")}
     (model / "finetune_config.json").write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(ValueError, match="its training held no rows out"):
+    with pytest.raises(ValueError, match="no row is left to judge by"):
         run(model=model)
 
 
 def judged(evaluate, tokenizer, **record) -> dict:
     """What a record of a file is judged by."""
-    row = evaluate.row_of({"text": json.dumps(record)})
+    row = evaluate.row_of({"line": json.dumps(record)})
     return evaluate.with_ids(tokenizer, [tokenizer.eos_token_id], 99, row)
 
 
@@ -248,7 +251,7 @@ def test_the_last_answer_is_the_reference_and_thoughts_are_not_scored(evaluate, 
     monkeypatch.setattr(evaluate, "generate", lambda model, prompts, room: made)
     model = Namespace(config=Namespace(get_text_config=lambda: None))  # its number of positions is asked for
     prompts, config = [[5] + row["prompt_ids"], row["prompt_ids"]], evaluate.Config()
-    answers = evaluate.answer_all(model, tokenizer, prompts, "model", {}, tmp_path / "kept.jsonl", config)
+    answers = evaluate.answer_all(model, tokenizer, prompts, "model", tmp_path / "kept.jsonl", config)
     assert [answer for answer, _ in answers] == ["<think>" + text for text in texts]
     assert [evaluate.answer_of(answer) for answer, _ in answers] == ["It is 12.", ""]
     assert evaluate.answer_of("a <think>b") == "a" and evaluate.answer_of("b</think> c") == "c"
@@ -258,15 +261,15 @@ def test_the_last_answer_is_the_reference_and_thoughts_are_not_scored(evaluate, 
     ("flags", "words"),
     [
         (["--batch_size", "0"], "--batch_size is 0; it must be 1 or more"),
-        (["--model", "nowhere"], "names no rows to judge by"),
+        (["--model", "nowhere"], "rows to judge by: '' is no .jsonl or .json file; pass"),
         (["--model", "nowhere", "--compare_base"], "--compare_base switches an adapter off; nowhere is none"),
         (["--model", "x", "--dataset_path", "nothing.jsonl"], "No such file or directory: 'nothing.jsonl'"),
-        (["--model", "x", "--dataset_path", "rows.csv"], "must be a .jsonl or .json file"),
+        (["--model", "x", "--dataset_path", "rows.csv"], "rows.csv' is no .jsonl or .json file"),
         (["--model", "x", "--dataset_path", "bad.jsonl"], "2 of 3 rows can not .*bad.jsonl:3: Unterminated"),
-        (["--model", "x", "--dataset_path", "array.json"], "array.json is broken: Expecting"),
-        (["--model", "x", "--rouge"], "pip install jieba"),
+        (["--model", "x", "--dataset_path", "array.json"], "Expecting property name"),
+        (["--model", "x", "--rouge"], "import of jieba"),
         (["--model", "held"], "1 of 1 rows can not be used.*held_out.jsonl:1: expected messages"),
-        (["--model", "broken"], "finetune_config.json is broken: Expecting"),
+        (["--model", "broken"], "Expecting value"),
     ],
 )
 def test_mistakes_get_one_clear_line(evaluate, tmp_path, monkeypatch, flags, words):
@@ -280,8 +283,14 @@ def test_mistakes_get_one_clear_line(evaluate, tmp_path, monkeypatch, flags, wor
     (tmp_path / "held/held_out.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
     record = {"dataset": {"path": "t.jsonl"}, "held_out": "held/held_out.jsonl"}
     (tmp_path / "held/finetune_config.json").write_text(json.dumps(record))
-    with pytest.raises((ValueError, OSError), match=f"(?s){words}"):
+    with pytest.raises((ValueError, OSError, ImportError), match=f"(?s){words}"):
         evaluate.main(evaluate.parse_args(flags))
+
+
+def scored(evaluate, answers: list[str], references: list[str]) -> tuple[dict, list[float]]:
+    """(metrics with BLEU, the shares of common words) of some answers."""
+    answers, rows = [(text, "limit") for text in answers], [{"reference": text} for text in references]
+    return evaluate.judge(answers, rows, build_tokenizer(), evaluate.Config(bleu=True), {})
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -290,10 +299,10 @@ def test_copies_score_one_and_unrelated_texts_nothing_in_every_script(evaluate, 
     copy, apart = (evaluate.rouge([answer], [text])[0] for answer in (text, other))
     assert [copy[kind] for kind in ("rouge1", "rouge2", "rougeL")] == [1, 1, 1]
     assert apart["rouge2"] == 0 and max(apart["rouge1"], apart["rougeL"]) < 0.25
-    assert evaluate.bleu([text], [text])["bleu"] == pytest.approx(100)
-    assert evaluate.bleu([other], [text])["bleu"] < 3
-    assert evaluate.overlap(text, text) == 1 > evaluate.overlap(other, text) + 0.7
-    assert evaluate.overlap(text, text[:-3]) < 1
+    assert scored(evaluate, [text], [text])[0]["bleu"] == pytest.approx(100)
+    assert scored(evaluate, [other], [text])[0]["bleu"] < 3
+    same, unlike, shorter = scored(evaluate, [text, other, text], [text, text, text[:-3]])[1]
+    assert same == 1 > unlike + 0.7 and shorter < 1
 
 
 def test_english_equals_the_libraries_and_chinese_is_cut_by_jieba(evaluate):
@@ -308,11 +317,16 @@ def test_english_equals_the_libraries_and_chinese_is_cut_by_jieba(evaluate):
     for kind in ("rouge1", "rouge2", "rougeL"):
         assert values[kind] == pytest.approx(sum(score[kind].fmeasure for score in expected) / 3, abs=1e-15)
     assert order == [score["rougeL"].fmeasure for score in expected]
-    found = evaluate.bleu(answers, references)
+    found, _ = scored(evaluate, answers, references)
     assert found["bleu"] == corpus_bleu(answers, [references]).score > 0
     chinese = ["大语言模型需要数据和算力。"], ["大语言模型需要很多数据和算力。"]
-    assert evaluate.bleu(*chinese)["bleu"] == corpus_bleu(chinese[0], [chinese[1]], tokenize="zh").score > 20
-    assert evaluate.distinct(["a b a b"], 2) == 2 / 3 and evaluate.words("?!") == ["?", "!"]
+    assert (
+        scored(evaluate, *chinese)[0]["bleu"]
+        == corpus_bleu(chinese[0], [chinese[1]], tokenize="zh").score
+        > 20
+    )
+    assert scored(evaluate, ["a b a b"], ["a"])[0]["distinct-2"] == 2 / 3
+    assert evaluate.words("?!") == ["?", "!"]
 
 
 def test_the_report_escapes_everything_and_begins_with_the_lowest_score(evaluate, tmp_path):
@@ -325,5 +339,5 @@ def test_the_report_escapes_everything_and_begins_with_the_lowest_score(evaluate
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     escaped = "&lt;script&gt;alert(1)&lt;/script&gt;&lt;img src=x&gt;\ufffd[2J"
     assert text.count(escaped) == 6 and not any(bad in text for bad in ("<script", "<img", "\x1b"))
-    assert text.index("q2") < text.index("q1") and "<td>[0.4, 0.6]</td>" in text
+    assert text.index("q2") < text.index("q1") and "[0.4, 0.6]" in text
     assert json.loads((tmp_path / "metrics.json").read_text())["base"] == {"perplexity": None}

@@ -21,7 +21,6 @@ import os
 import re
 import sys
 from contextlib import suppress
-from copy import copy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -142,35 +141,31 @@ class Talk:
 
     def obey(self, command: str, text: str) -> None:
         """Carry out a command. Raises ValueError for one that is unknown or can not be done."""
+        text = text.strip()
         if command == "/reset":
             self.turns = []
         elif command == "/system":
-            self.system = [{"role": "system", "content": text.strip()}] if text.strip() else []
-        elif command == "/compare" and self.turns:
-            self.compare()
-        elif command == "/save" and text.strip().endswith(".jsonl"):
+            self.system = [{"role": "system", "content": text}] if text else []
+        elif command == "/compare" and self.turns:  # the base's answer to the last question
+            self.model.disable_adapters()
+            base = Talk(self.config, self.model, self.tokenizer)
+            base.system, base.turns = self.system, self.turns[:-2]
+            try:
+                base.generate(self.turns[-2])
+            finally:
+                for module in self.model.modules():  # the model's enable_adapters forgets modules_to_save
+                    if hasattr(module, "_disable_adapters"):
+                        module.enable_adapters(True)
+        elif command == "/save" and text.endswith(".jsonl"):
             if all("weight" in turn for turn in self.turns[1::2]):
                 raise ValueError("there is no whole answer to save yet")
-            record = json.dumps({"messages": self.system + self.turns}, ensure_ascii=False)
-            with open(os.path.expanduser(text.strip()), "a+", encoding="utf-8") as file:
+            with open(os.path.expanduser(text), "a+", encoding="utf-8") as file:
                 file.seek(0)
-                last = file.read()[-1:]  # an editor may have left the last line open
-                file.write(f"{record}\n" if last in ("", "\n") else f"\n{record}\n")
+                if file.read()[-1:] not in ("", "\n"):  # an editor may have left the last line open
+                    file.write("\n")
+                file.write(json.dumps({"messages": self.system + self.turns}, ensure_ascii=False) + "\n")
         else:
             raise ValueError(HELP if command == "/help" else f"{command} {text} can not be done now. {HELP}")
-
-    def compare(self) -> None:
-        """Stream the base's answer to the last question. ValueError where no adapter can be put aside."""
-        self.model.disable_adapters()
-        base = copy(self)
-        base.turns, base.cache = self.turns[:-2], None
-        try:
-            base.generate(self.turns[-2])
-        finally:
-            self.model.enable_adapters()
-            for module in self.model.modules():  # which leaves what modules_to_save saved switched off
-                if hasattr(module, "modules_to_save"):
-                    module.enable_adapters(True)
 
     def ask(self, text: str) -> None:
         """Stream an answer; both join the conversation. One that was cut has weight 0: it is not learnt."""
@@ -204,9 +199,9 @@ class Talk:
         penalties = [lambda seen, scores: ngrams(seen[:, len(ids) :], scores), penalty]  # not of the prompt
         prompt = torch.tensor([ids], device=self.model.device)
         options = {"attention_mask": torch.ones_like(prompt), "past_key_values": cache, "streamer": streamer}
-        options |= {"top_k": 0, "repetition_penalty": 1.0, "logits_processor": penalties}
-        options |= {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
-        options |= {"do_sample": config.temperature > 0, "max_new_tokens": config.max_new_tokens}
+        options |= {"logits_processor": penalties, "repetition_penalty": 1.0, "top_k": 0}
+        options |= {"do_sample": config.temperature > 0, "temperature": config.temperature}
+        options |= {"top_p": config.top_p, "max_new_tokens": config.max_new_tokens}
         try:
             output = self.model.generate(prompt, **options)[0].tolist()
             self.cache, self.read, ends = cache, output[:-1], self.model.generation_config.eos_token_id

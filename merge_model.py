@@ -15,22 +15,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import logging
-import math
 import shutil
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-PROMPTS = ("Who are you?", "用三句话解释什么是LoRA微调。", "Write a Python function that sorts a list.")
+PROMPT = "Who are you? 用三句话解释什么是LoRA微调。 Write a Python function that sorts a list."
 LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-2}  # of the mean KL in nats, for rounding
 ROWS = 32  # held-out rows to measure by; all candidates meet the same
 NEAR = 0.02  # nats per token: losses that differ by less count as the same
 ROOM = 65504 / 4  # a quarter of float16's range: other texts reach higher than the held-out rows
 CARD = """---
 base_model: {base}
-library_name: transformers
 ---
 An adapter, of held-out loss {loss}, merged into `{base}` ({base_weights} weights), stored as {dtype}.
 The base's licence applies. System prompt and stop tokens need not be told: the files bring them.
@@ -74,13 +71,15 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 def main(config: Config) -> None:
+    import torch
     import transformers
     from safetensors import SafetensorError
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers has renamed
+    warnings.simplefilter("ignore")
+    for words in ("Found missing adapter keys", "Model with `tie_word_embeddings=True` and the"):
+        warnings.filterwarnings("error", message=words)  # PEFT would go on: half an adapter, a wrong sum
     adapter, output = Path(config.adapter), Path(config.output)
     peft, record = (read_json(adapter / f"{name}_config.json") for name in ("adapter", "finetune"))
     if (kind := peft.get("peft_type")) != "LORA":
@@ -88,14 +87,12 @@ def main(config: Config) -> None:
     if output.exists() and "merged" not in read_json(output / "finetune_config.json"):
         raise ValueError(f"{output} exists and is no merged model of this script; pass another --output")
     partial, earlier = (output.with_name(f"{output.name}.{word}") for word in ("partial", "replaced"))
-    for words in ("Found missing adapter keys", "Model with `tie_word_embeddings=True` and the"):
-        warnings.filterwarnings("error", message=words)  # PEFT would go on: half an adapter, a wrong sum
     try:
-        base_weights, dtype, table = choose(config, peft, record)
-        model, tokenizer = load(config.adapter, record, base_weights)
-        expected = logits_on_prompts(model.float(), tokenizer)
-        model = merge(model, dtype)
-        record["merged"] = {"base_weights": base_weights, "dtype": dtype, "measured": table}
+        base, dtype, table = choose(config, peft, record)
+        record["merged"] = {"base_weights": base, "dtype": dtype, "measured": table}
+        model, tokenizer = load(adapter, record, base)
+        expected = log_probs(model.float(), tokenizer)
+        model = model.merge_and_unload().to(getattr(torch, dtype))  # each layer's sum was made in float32
         write_folder(partial, adapter, record, model, tokenizer)
         del model  # before it is read again
         record["merged"]["verified"] = compare(partial, expected, dtype)
@@ -104,13 +101,13 @@ def main(config: Config) -> None:
             shutil.rmtree(earlier, ignore_errors=True)
             output.rename(earlier)
         partial.rename(output)
+        shutil.rmtree(earlier, ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError, UserWarning) as error:  # in the libraries' words
         text = " ".join(str(error).split())[:300]
         raise ValueError(f"{adapter} on {peft['base_model_name_or_path']}: {text}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(earlier, ignore_errors=True)
-    print(f"merged: {output} ({base_weights} base weights, {dtype}); try python chat.py --model {output}")
+    print(f"merged: {output} ({base} base weights, {dtype}); try python chat.py --model {output}")
 
 
 def read_json(path: Path) -> dict:
@@ -126,80 +123,40 @@ def choose(config: Config, peft: dict, record: dict) -> tuple[str, str, list[dic
     """(base weights, dtype, table): the merge whose held-out loss is nearest to the trained function's."""
     from transformers import AutoConfig
 
-    settings, table, bases, dtype = record.get("settings", {}), [], [config.base_weights], config.dtype
+    settings, bases, dtype = record.get("settings", {}), [config.base_weights], config.dtype
     if config.base_weights == "auto":
         bases = ["original", "dequantized"] if settings.get("load_in_4bit") else ["original"]
     if dtype == "auto":  # the base's own 16-bit type
-        own = AutoConfig.from_pretrained(peft["base_model_name_or_path"], revision=peft.get("revision")).dtype
+        own = AutoConfig.from_pretrained(peft["base_model_name_or_path"]).dtype
         dtype = "float16" if str(own) == "torch.float16" else "bfloat16"
     path = Path(record.get("held_out", ""))
     path = path if path.is_file() else Path(config.adapter).parent / path.name  # after a move
-    text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-    if not text:
+    rows = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    if not rows:
         print(f"no held-out rows to measure by: taking {bases[-1]} base weights, stored as {dtype}")
-        return bases[-1], dtype, table
-    lines = text.split("\n")[:ROWS]
-
-    def measure(base_weights: str, dtype: str) -> dict:
-        model, _ = load(config.adapter, record, base_weights)
-        loss, largest = held_out_loss(merge(model, dtype) if table else model, path, lines)
-        away = abs(loss - table[0]["loss"]) if table else 0.0
-        table.append({"base": base_weights, "dtype": dtype, "loss": loss, "away": away, "largest": largest})
-        print(f"{base_weights:<14}{dtype:<10}{loss:8.4f}{away:8.4f}{largest:20.0f}", flush=True)
-        return table[-1]
-
+        return bases[-1], dtype, []
+    lines = rows.split("\n")[:ROWS]
     print(f"base weights  type          loss    away  largest activation   on {len(lines)} held-out rows")
-    if measure("as trained", settings.get("dtype", ""))["loss"] == math.inf:
+    trained = measure(config.adapter, record, lines, "as trained", settings.get("dtype", ""))
+    if trained["loss"] == float("inf"):
         raise ValueError(f"{config.adapter}: its loss is no number, it is broken; take another checkpoint")
-    # nearest, not lowest: a lower loss on another base is luck on few rows
-    best = min([measure(base, dtype) for base in bases], key=lambda row: row["away"])
-    other = config.dtype == "auto" and best["dtype"] != "float16"
-    if other and best["away"] > NEAR and best["largest"] <= ROOM:
-        finer = measure(best["base"], "float16")
-        best = finer if best["away"] - finer["away"] > NEAR else best
+    table = [measure(config.adapter, record, lines, base, dtype, trained) for base in bases]
+    best = min(table, key=lambda row: row["away"])  # nearest, not lowest: that is luck on few rows
+    if config.dtype == "auto" and dtype != "float16" and best["away"] > NEAR and best["largest"] <= ROOM:
+        table.append(measure(config.adapter, record, lines, best["base"], "float16", trained))
+        best = table[-1] if best["away"] - table[-1]["away"] > NEAR else best
     if best["away"] > NEAR:
         print(f"more than {NEAR} away (float16 holds activations to {ROOM:.0f}); see --dtype float32")
-    return best["base"], best["dtype"], table
+    return best["base"], best["dtype"], [trained, *table]
 
 
-def load(adapter: str, record: dict, base_weights: str):
-    """(base with the adapter beside it, tokenizer) on the CPU, in the type of the training.
-
-    `base_weights`: `as trained`, `original`, or `dequantized`, which were turned to 4 bits and back.
-    """
-    from peft import AutoPeftModelForCausalLM, PeftModel
-    from transformers import AutoTokenizer, BitsAndBytesConfig
-
-    gc.collect()  # the model before this one: PEFT's references go in circles
-    settings = record.get("settings", {})
-    options = {"dtype": settings.get("dtype", "auto"), "device_map": {"": "cpu"}, "use_safetensors": True}
-    if base_weights == "dequantized" or (base_weights == "as trained" and settings.get("load_in_4bit")):
-        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        nf4["bnb_4bit_compute_dtype"] = settings.get("dtype")
-        options["quantization_config"] = BitsAndBytesConfig(**nf4)
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter, **options)
-    for module in model.modules():  # else bitsandbytes repacks weights that DoRA reads
-        module.support_avx512bf16_for_cpu = False
-    if base_weights == "dequantized":  # a merge into 4-bit layers would round once more
-        model = PeftModel.from_pretrained(model.unload().dequantize(), adapter)
-    base = model.peft_config["default"].base_model_name_or_path
-    words = adapter if any(Path(adapter).glob("tokenizer*")) else base
-    return model.eval(), AutoTokenizer.from_pretrained(words)
-
-
-def merge(model, dtype: str):
-    """Base and adapter as one plain model in `dtype`; each layer's sum is made in float32."""
-    import torch
-
-    return model.float().merge_and_unload().to(getattr(torch, dtype))
-
-
-def held_out_loss(model, path: Path, lines: list[str]) -> tuple[float, float]:
-    """(mean of -log p over the supervised tokens in nats, infinite if no number; largest activation)."""
+def measure(adapter: str, record: dict, lines: list[str], base: str, dtype: str, trained=None) -> dict:
+    """A row of the table: loss in nats a token, largest activation; merged, except for the first row."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    losses, peaks = [], []
+    model, losses, peaks = load(adapter, record, base)[0], [], []
+    model = model.float().merge_and_unload().to(getattr(torch, dtype)) if trained else model
 
     def watch(module, inputs, output) -> None:
         parts = [part for part in (*inputs, output) if torch.is_tensor(part) and part.is_floating_point()]
@@ -210,38 +167,55 @@ def held_out_loss(model, path: Path, lines: list[str]) -> tuple[float, float]:
             try:
                 row = json.loads(line)
                 ids, labels = torch.tensor([row["input_ids"], row["labels"]])
-                logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # each for the next token
+                logits = model(ids[None]).logits[0, :-1].float()  # each for the next token
             except (ValueError, TypeError, LookupError) as error:  # also ids that the model does not have
-                raise ValueError(f"{path}:{number}: not a row of ids and labels: {error}") from error
-            loss = cross_entropy(logits.float(), labels[1:], reduction="none")
-            losses.append(loss[labels[1:] != -100])
-    mean = torch.cat(losses).mean().item()
-    return mean if math.isfinite(mean) else math.inf, max(peaks)
+                raise ValueError(f"{record['held_out']}:{number}: no ids and labels: {error}") from error
+            losses.append(cross_entropy(logits, labels[1:], reduction="none")[labels[1:] != -100])
+    loss = torch.cat(losses).mean().nan_to_num(float("inf")).item()
+    away = abs(loss - trained["loss"]) if trained else 0.0
+    print(f"{base:<14}{dtype:<10}{loss:8.4f}{away:8.4f}{max(peaks):20.0f}", flush=True)
+    return {"base": base, "dtype": dtype, "loss": loss, "away": away, "largest": max(peaks)}
 
 
-def logits_on_prompts(model, tokenizer):
-    """Logits at each token of PROMPTS, asked as questions, one below the other: (tokens, vocabulary)."""
+def load(adapter: str | Path, record: dict, base_weights: str):
+    """(adapter beside its base, tokenizer); the base `as trained`, `original` or `dequantized`."""
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoTokenizer, BitsAndBytesConfig
+
+    gc.collect()  # the model before this one: PEFT's references go in circles
+    settings = record.get("settings", {})
+    options = {"dtype": settings.get("dtype", "auto"), "device_map": "cpu", "use_safetensors": True}
+    if base_weights == "dequantized" or (base_weights == "as trained" and settings.get("load_in_4bit")):
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        nf4["bnb_4bit_compute_dtype"] = settings.get("dtype")
+        options["quantization_config"] = BitsAndBytesConfig(**nf4)
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter, **options)
+    for module in model.modules():  # else bitsandbytes repacks weights that DoRA reads
+        module.support_avx512bf16_for_cpu = False
+    if base_weights == "dequantized":  # a merge into 4-bit layers would round once more
+        model = PeftModel.from_pretrained(model.unload().dequantize(), adapter)
+    words = adapter if Path(adapter, "tokenizer_config.json").is_file() else model.name_or_path
+    return model, AutoTokenizer.from_pretrained(words)
+
+
+def log_probs(model, tokenizer):
+    """Log-probabilities after each token of PROMPT, asked as a question, in nats: (tokens, vocabulary)."""
     import torch
 
-    options, logits = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}, []
-    for prompt in PROMPTS:
-        inputs = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
-        with torch.inference_mode():
-            logits.append(model(**inputs, use_cache=False).logits[0].float())
-    return torch.cat(logits)
+    chat = [{"role": "user", "content": PROMPT}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    with torch.inference_mode():
+        return model(**inputs).logits[0].float().log_softmax(-1)
 
 
 def write_folder(folder: Path, adapter: Path, record: dict, model, tokenizer) -> None:
-    """Save all so that transformers 4, which many engines pin, opens it right too: it takes RoPE from the top
-    level of config.json, and goes on with 10,000 in silence where none is."""
-    from transformers import GenerationConfig
-
-    if (adapter / "generation_config.json").is_file():  # with the tokens that end an answer
-        model.generation_config = GenerationConfig.from_pretrained(adapter)
+    """Save all so that transformers 4, which many engines pin, opens it right too."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if (adapter / "generation_config.json").is_file():  # with the tokens that end an answer
+        shutil.copy(adapter / "generation_config.json", folder)
     config, words = read_json(folder / "config.json"), read_json(folder / "tokenizer_config.json")
-    for part in (config, config.get("text_config", {})):
+    for part in (config, config.get("text_config", {})):  # without RoPE in these places: 10,000, in silence
         rope = part.get("rope_parameters") or {}
         local, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)  # Gemma 3 has two
         part |= {"rope_local_base_freq": local["rope_theta"]} if local else {}
@@ -256,7 +230,7 @@ def write_folder(folder: Path, adapter: Path, record: dict, model, tokenizer) ->
     write_json(folder / "tokenizer_config.json", words)
     card = {"base": model.name_or_path, "loss": record.get("losses", {}).get("after", "not measured")}
     (folder / "README.md").write_text(CARD.format(**card, **record["merged"]), encoding="utf-8")
-    ends = model.generation_config.eos_token_id
+    ends = read_json(folder / "generation_config.json").get("eos_token_id", tokenizer.eos_token_id)
     stops = tokenizer.convert_ids_to_tokens(ends if isinstance(ends, list) else [ends])
     if text := modelfile(tokenizer, stops):
         (folder / "Modelfile").write_text(text, encoding="utf-8")
@@ -271,14 +245,9 @@ def modelfile(tokenizer, stops: list[str]) -> str:
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False).split("\ue000")
 
     try:
-        start, ask, between, _ = around("user", "assistant", "user")
-        [stop] = [stop for stop in stops if between.startswith(stop)]
-        if '"""' in start:
-            raise ValueError("a system prompt that would end its own quotes")
-        try:
-            before, behind, _ = around("system", "user")
-        except TemplateError:  # such as Gemma 2: no system message
-            before, behind = start, ""
+        before, behind, ask, between, _ = around("system", "user", "assistant", "user")
+        start, _ = around("user")
+        [stop] = [stop for stop in stops if between.startswith(stop) and '"""' not in start]
     except (TemplateError, ValueError):
         print("no Modelfile: Ollama can not be told what the chat template or the system prompt writes")
         return ""
@@ -294,18 +263,15 @@ def modelfile(tokenizer, stops: list[str]) -> str:
 
 def compare(folder: Path, expected, dtype: str) -> dict:
     """How far the folder, read anew, is from the adapter in float32. Raises ValueError past LIMITS."""
-    from torch.nn.functional import kl_div
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    found = logits_on_prompts(model, AutoTokenizer.from_pretrained(folder)).log_softmax(-1)
-    expected = expected.log_softmax(-1)
+    model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    found = log_probs(model, tokenizer)
+    kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
     same = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
-    kl = kl_div(found, expected, reduction="batchmean", log_target=True).item()
-    text = f"mean KL {kl:.1e} from the adapter at {len(found)} positions, same top token {same:.3f}"
-    print(f"read again: {text}")
+    print(f"read again: mean KL {kl:.1e} from the adapter at {len(found)} tokens, same top token {same:.3f}")
     if not kl <= LIMITS[dtype]:  # also where it is no number
-        raise ValueError(f"not what was trained: {text}; above {LIMITS[dtype]:.0e} nothing is left behind")
+        raise ValueError(f"not what was trained: mean KL above {LIMITS[dtype]:.0e}; nothing is left behind")
     return {"mean_kl": kl, "same_top_token": same}
 
 

@@ -64,10 +64,10 @@ def test_a_4_bit_adapter_goes_onto_the_weights_it_was_trained_on(make, tmp_path,
     script, folder = load_script("merge_model"), tmp_path / "merged"
     record = json.loads((adapter / "finetune_config.json").read_text(encoding="utf-8"))
     trained, tokenizer = script.load(str(adapter), record, "as trained")  # in 4 bits
-    expected = script.logits_on_prompts(trained, tokenizer)
+    expected = script.log_probs(trained, tokenizer)
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    other = script.merge(script.load(str(adapter), record, "original")[0], "float32")
-    near, far = (script.logits_on_prompts(model, tokenizer) - expected for model in (merged, other))
+    other, _ = script.load(str(adapter), record, "original")
+    near, far = (script.log_probs(model, tokenizer) - expected for model in (merged, other))
     assert near.abs().mean() < 0.3 * far.abs().mean()
 
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -110,9 +110,9 @@ def test_in_float32_the_merged_model_is_the_adapter(kind, base, tmp_path):
     assert found["verified"]["mean_kl"] < 1e-6 and found["verified"]["same_top_token"] == 1
     script, tokenizer = load_script("merge_model"), AutoTokenizer.from_pretrained(adapter)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    expected = script.logits_on_prompts(AutoPeftModelForCausalLM.from_pretrained(adapter), tokenizer)
-    assert (script.logits_on_prompts(merged, tokenizer) - expected).abs().max() < 1e-3
-    untouched = script.logits_on_prompts(AutoModelForCausalLM.from_pretrained(base), tokenizer)
+    expected = script.log_probs(AutoPeftModelForCausalLM.from_pretrained(adapter), tokenizer)
+    assert (script.log_probs(merged, tokenizer) - expected).abs().max() < 1e-3
+    untouched = script.log_probs(AutoModelForCausalLM.from_pretrained(base), tokenizer)
     assert kind == "added tokens" or (expected - untouched).abs().max() > 0.1  # the adapter does something
     assert merged.config.tie_word_embeddings == (kind in ("dora", "rslora"))
 
@@ -156,9 +156,13 @@ def test_without_a_record_it_says_what_it_takes_and_obeys(make, tmp_path, capsys
 )
 def test_float16_needs_a_reason_and_room(losses, largest, taken, tiny_adapter, monkeypatch):
     script, losses = load_script("merge_model"), {"trained": 0.41} | losses
-    monkeypatch.setattr(script, "load", lambda *_: ("trained", None))
-    monkeypatch.setattr(script, "merge", lambda model, dtype: dtype)
-    monkeypatch.setattr(script, "held_out_loss", lambda model, path, lines: (losses[model], largest))
+
+    def measure(adapter, record, lines, base, dtype, trained=None) -> dict:
+        loss = losses[dtype if trained else "trained"]
+        away = abs(loss - 0.41)
+        return {"base": base, "dtype": dtype, "loss": loss, "away": away, "largest": largest}
+
+    monkeypatch.setattr(script, "measure", measure)
     peft, record = (script.read_json(tiny_adapter / f"{n}_config.json") for n in ("adapter", "finetune"))
     assert script.choose(script.Config(adapter=str(tiny_adapter)), peft, record)[1] == taken
 
@@ -195,8 +199,8 @@ def broken(kind: str, adapter: Path, output: Path) -> None:
         ("missing", {}, "no LoRA adapter there, but no adapter_config.json"),
         ("taken", {}, "exists and is no merged model"),
         ("base gone", {}, "no/body"),
-        ("row", {}, "held_out.jsonl:2: not a row of ids and labels: 'labels'"),
-        ("strange id", {}, "held_out.jsonl:1: not a row of ids and labels"),
+        ("row", {}, "held_out.jsonl:2: no ids and labels: 'labels'"),
+        ("strange id", {}, "held_out.jsonl:1: no ids and labels"),
         ("wrong sum", {}, "not what was trained: mean KL"),
     ],
 )
@@ -205,8 +209,12 @@ def test_what_can_not_be_merged_leaves_nothing(kind, lora, words, make, tmp_path
     output.parent.mkdir()
     broken(kind, adapter, output)
     if kind == "wrong sum":
-        right = script.merge
-        monkeypatch.setattr(script, "merge", lambda model, dtype: right(model, dtype).apply(shrink))
+        right = script.write_folder
+
+        def spoilt(folder, adapter, record, model, tokenizer) -> None:
+            right(folder, adapter, record, model.apply(shrink), tokenizer)
+
+        monkeypatch.setattr(script, "write_folder", spoilt)
     with pytest.raises((ValueError, OSError), match=words):
         merge(adapter, output, dtype="float32")
     assert [path.name for path in output.parent.iterdir()] == ["merged"] * (kind == "taken")
@@ -240,6 +248,7 @@ def test_ollama_is_told_the_chat_template(name):
     template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
     tokenizer = build_tokenizer(template)
     tokenizer.bos_token = "<s>"
+    load_script("qwen_finetuning").set_defaults(tokenizer, "")  # after which Gemma 2 takes a system message
     ends = {"llama3": "<|eot_id|>", "phi3": "<|end|>", "qwen2_5": "<|im_end|>"}
     end = ends.get(name, "<end_of_turn>")
     text = load_script("merge_model").modelfile(tokenizer, [end])
@@ -247,9 +256,8 @@ def test_ollama_is_told_the_chat_template(name):
     for part, value in {"{{ if .System }}": "", "{{ .System }}": "S", "{{ .Prompt }}": "Q"}.items():
         written = written.replace(part, value)
     first, _, other = written.partition("{{ else }}")
-    other, _, rest = other.partition("{{ end }}")
+    rest = other.partition("{{ end }}")[2]
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
-    chat, first = (chat[1:], other) if name == "gemma" else (chat, first)  # Gemma 2 has no system message
     written = first + rest.partition("{{ .Response")[0]
     rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert written == rendered.removeprefix("<s>") and f'PARAMETER stop "{end}"' in text

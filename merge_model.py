@@ -220,7 +220,10 @@ def write_folder(folder: Path, adapter: Path, record: dict, model, tokenizer) ->
         local, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)  # Gemma 3 has two
         part |= {"rope_local_base_freq": local["rope_theta"]} if local else {}
         part |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-        if rope.get("rope_type", "default") != "default":
+        if rope.get("rope_type") == "longrope":  # of which Phi-3's reader takes these alone
+            factors = {key: rope[key] for key in ("short_factor", "long_factor")}
+            part["rope_scaling"] = {"type": "longrope"} | factors
+        elif rope.get("rope_type", "default") != "default":
             part["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         part |= {"torch_dtype": part["dtype"]} if "dtype" in part else {}
     words["additional_special_tokens"] = words.pop("extra_special_tokens", [])

@@ -256,7 +256,7 @@ def main(config: FinetuneConfig) -> None:
     signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "terminated", True))
     trainer.train(resume_from_checkpoint=checkpoint)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if trainer.terminated:
+    if trainer.stopped:
         trainer.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
         say("terminated; the newest checkpoint is whole, and --resume goes on from it")
         sys.exit(128 + signal.SIGTERM)
@@ -354,8 +354,10 @@ def set_defaults(tokenizer, system_prompt: str, thinking: str = "auto") -> None:
         say("this chat template takes no system message: its text goes before the first user's")
         prefix += "{%- if messages[0]['role'] == 'system' %}{%- set messages = [{'role': 'user', 'content': "
         prefix += "messages[0].content + '\\n\\n' + messages[1].content}] + messages[2:] %}{%- endif %}"
-    many = template if isinstance(template, dict) else {}
-    tokenizer.chat_template = {name: prefix + text for name, text in many.items()} or prefix + template
+    if isinstance(template, dict):  # several, by name
+        tokenizer.chat_template = {name: prefix + text for name, text in template.items()}
+    else:
+        tokenizer.chat_template = prefix + template
 
 
 def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
@@ -382,14 +384,15 @@ def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
     # split first, encode then: no length setting may move a row from one side to the other
     if config.eval_ratio and len(rows) < 2:
         raise ValueError(f"{config.dataset_path}: {len(rows)} rows are too few to split; pass --eval_ratio 0")
-    split = {"train": Dataset.from_dict({"text": list(rows), "where": list(rows.values())})}
+    sides = {"train": Dataset.from_dict({"text": list(rows), "where": list(rows.values())})}
     if config.eval_ratio:
-        split = split["train"].train_test_split(test_size=config.eval_ratio, seed=config.split_seed)
+        halves = sides["train"].train_test_split(test_size=config.eval_ratio, seed=config.split_seed)
+        sides = {"train": halves["train"], "eval": halves["test"]}
     data = {"train": [], "eval": [], "stop_ids": set(), "kinds": {}, "ledger": ledger}
     data["sha256"] = hashlib.sha256("\n".join(rows).encode()).hexdigest()
-    data["digests"] = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in split["train"]["text"]]
-    for part, source in zip(("train", "eval"), split.values(), strict=False):
-        for row in tqdm(source, desc=f"encoding {part} rows", leave=False, disable=None):
+    data["digests"] = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in sides["train"]["text"]]
+    for part, side in sides.items():
+        for row in tqdm(side, desc=f"encoding {part} rows", leave=False, disable=None):
             messages, tools = json.loads(row["text"])
             try:
                 examples, counts = encode(messages, tokenizer, tools, config.train_on)
@@ -407,8 +410,8 @@ def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
                 data["kinds"].setdefault(kind, data[part][-1])
     stop_for(faults, config.skip_bad_rows)
     assert ledger["rows_read"] == sum(ledger[fate] for fate in FATES), f"the ledger lost rows: {ledger}"
-    if not data["train"]:
-        raise ValueError(f"{config.dataset_path}: no row is left to train on: {dict(ledger)}")
+    if not data["train"] or not (data["eval"] or config.eval_ratio == 0):
+        raise ValueError(f"{config.dataset_path}: no row is left to train on, or to evaluate: {dict(ledger)}")
     return data
 
 
@@ -574,8 +577,8 @@ def encode(messages: list[dict], tokenizer, tools: list[dict] = (), train_on: st
     """
     from jinja2 import TemplateError
 
-    chat = partial(tokenizer.apply_chat_template, sanitize_control_tokens=True, return_dict=False)
-    chat = partial(chat, tools=list(tools) or None)
+    options = {"tools": list(tools) or None, "sanitize_control_tokens": True, "return_dict": False}
+    chat = partial(tokenizer.apply_chat_template, **options)
     # ids that a chat template alone writes: they stand within nothing that is said
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.add(tokenizer.eos_token_id)
@@ -583,8 +586,8 @@ def encode(messages: list[dict], tokenizer, tools: list[dict] = (), train_on: st
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     wanted = [i for i in answers if messages[i].get("weight") != 0]
     wanted = [i for i in wanted if train_on == "all" or i == answers[-1]]
-    others = len(answers) - len(wanted) + len(messages) - 1 - answers[-1]
-    examples, counts = [], Counter(turns_without_loss=others)
+    after = len(messages[answers[-1] + 1 :])  # what comes behind the last answer carries no loss either
+    examples, counts = [], Counter(turns_without_loss=len(answers) - len(wanted) + after)
     for turn in wanted:
         try:
             prompt, ids = chat(messages[:turn], add_generation_prompt=True), chat(messages[: turn + 1])
@@ -697,16 +700,18 @@ def plan_run(config: FinetuneConfig, data: dict) -> dict:
     base = AutoConfig.from_pretrained(config.model_name, **remote)
     with torch.device("meta"):  # shapes without weights
         skeleton = AutoModelForCausalLM.from_config(base, **remote)
-    examples, rows = data["train"] + data["eval"], skeleton.get_input_embeddings().num_embeddings
+    examples, vocabulary = data["train"] + data["eval"], skeleton.get_input_embeddings().num_embeddings
     longest = max(examples, key=lambda example: len(example["input_ids"]))
     length, highest = len(longest["input_ids"]), max(int(e["input_ids"].max()) for e in examples)
     positions = getattr(base.get_text_config(), "max_position_embeddings", None) or length
     if length > positions:
         found = f"{longest['where']} has {length} tokens, the model {positions} positions"
         raise ValueError(f"{found}: pass --max_seq_length {positions}")
-    if highest >= rows:
-        raise ValueError(f"the tokenizer gives token {highest}, and the model's embedding has {rows} rows")
+    if highest >= vocabulary:
+        raise ValueError(f"the tokenizer gives token {highest}, the model's embedding has {vocabulary} rows")
 
+    if config.adapter:
+        take_over(config)
     device, plan = decide_device(config), {"targets": decide_targets(config, skeleton)}
     for part in ("train", "eval"):
         columns = {key: [example[key] for example in data[part]] for key in ("input_ids", "labels")}
@@ -718,12 +723,27 @@ def plan_run(config: FinetuneConfig, data: dict) -> dict:
     batch = config.per_device_train_batch_size * PROCESSES
     per_epoch = math.ceil(math.ceil(rows / batch) / config.gradient_accumulation_steps)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(per_epoch * config.num_train_epochs)
-    base = "4-bit base" if config.load_in_4bit else "plain LoRA"
-    choices = f"{device}, {config.dtype}, {base}, {config.optim}"
+    kind = "4-bit base" if config.load_in_4bit else "plain LoRA"
+    choices = f"{device}, {config.dtype}, {kind}, {config.optim}"
     choices += ", gradient checkpointing" if config.gradient_checkpointing == "on" else ""
     if RANK == 0:
         print(f"{rows} rows, {per_epoch} steps an epoch, {steps} in all; {choices}; {memory}", flush=True)
     return plan | {"per_epoch": per_epoch, "steps": steps}
+
+
+def take_over(config: FinetuneConfig) -> None:
+    """Set what the adapter of --adapter was made with. ValueError where something else was asked for."""
+    from peft import LoraConfig
+
+    earlier = LoraConfig.from_pretrained(config.adapter)
+    if (base := earlier.base_model_name_or_path) != config.model_name:
+        raise ValueError(f"{config.adapter} belongs to {base}, which is then the --model_name to pass")
+    own = {"lora_r": earlier.r, "lora_target_modules": sorted(earlier.target_modules)}
+    own |= {name: getattr(earlier, name) for name in ("lora_alpha", "lora_dropout", "use_dora", "use_rslora")}
+    for name, value in own.items():
+        if (asked := getattr(config, name)) not in (value, getattr(FinetuneConfig(), name)):
+            raise ValueError(f"{config.adapter} has {name} {value}, and --{name} is {asked}")
+        setattr(config, name, value)
 
 
 def decide_device(config: FinetuneConfig) -> str:
@@ -752,6 +772,8 @@ def decide_targets(config: FinetuneConfig, skeleton) -> list[str] | str:
     from transformers.pytorch_utils import Conv1D
 
     wanted, linear = config.lora_target_modules, (torch.nn.Linear, Conv1D)
+    if config.adapter:  # it has them already
+        return wanted
     there = {name.split(".")[-1] for name, m in skeleton.base_model.named_modules() if isinstance(m, linear)}
     if set(wanted) <= there:
         return wanted
@@ -778,8 +800,8 @@ def decide_memory(config: FinetuneConfig, skeleton, length: int) -> str:
     need, kept = outer * size + inner + adapter + logits, tokens * size * layers * widths
     need, kept = (need + 5e8, kept) if cuda else (need + 1.6e9, 1.5 * kept)  # as measured; libraries too
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
-    if config.gradient_checkpointing == "auto":
-        config.gradient_checkpointing = "on" if need + kept > 0.9 * free else "off"
+    if config.gradient_checkpointing == "auto":  # with DeepSpeed all processes must decide the same
+        config.gradient_checkpointing = "on" if config.deepspeed or need + kept > 0.9 * free else "off"
     need += kept if config.gradient_checkpointing == "off" else tokens * size * (layers * hidden + widths)
     line = f"about {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB free"
     if need > free and not (config.dry_run or config.deepspeed):  # which spreads states and weights
@@ -817,7 +839,7 @@ def begin_run(config: FinetuneConfig, record: dict, data: dict) -> str | None:
         pairs += [(name, before[name], record[name]) for name in ("chat_template", "processes")]
         pairs += [("data (SHA-256)", before["dataset"]["sha256"], data["sha256"])]
         for name, earlier, value in pairs:
-            if name in ("num_train_epochs", "max_steps") and value > (earlier or value) > 0:
+            if name in ("num_train_epochs", "max_steps") and earlier and value > earlier > 0:
                 say(f"{name} was {earlier}, is {value}: the learning rate falls along all its steps")
             elif name not in MAY_CHANGE and value != earlier:
                 other.append(f"{name} was {earlier!r}, is {value!r}")
@@ -863,7 +885,7 @@ def training_args(config: FinetuneConfig, plan: dict):
     device |= {"ddp_find_unused_parameters": False, "use_cpu": not torch.cuda.is_available()}
     # at least one checkpoint an epoch, after an evaluation, so that the best one is a saved one
     evaluate, per_epoch = config.eval_strategy if plan["eval_set"] else "no", plan["per_epoch"]
-    eval_steps, save_steps = min(config.eval_steps, per_epoch), config.save_steps
+    eval_steps, save_steps = min(max(config.eval_steps, 1), per_epoch), config.save_steps
     save_steps = save_steps if save_steps <= per_epoch else per_epoch // eval_steps * eval_steps
     steps = {"eval_strategy": evaluate, "eval_steps": eval_steps, "save_steps": save_steps}
     steps |= {"load_best_model_at_end": config.load_best_model_at_end and evaluate != "no"}
@@ -890,7 +912,7 @@ def load_base(config: FinetuneConfig, stop_ids: set[int]):
     text = AutoConfig.from_pretrained(config.model_name, **remote).get_text_config()
     special = [getattr(text, name, None) for name in ("sliding_window", "attn_logit_softcapping")]
     AttentionInterface.register("by_rows", attend_by_rows)
-    attention = "flash_attention_2" if flash else "sdpa" if cuda or any(special) else "by_rows"
+    attention = "flash_attention_2" if flash else None if cuda or any(special) else "by_rows"  # None: SDPA
     options = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True} | remote
     options["device_map"] = None if is_deepspeed_zero3_enabled() else place
     if config.load_in_4bit:
@@ -936,16 +958,14 @@ def build_trainer(config: FinetuneConfig, args, model, tokenizer, data: dict, pl
     same = {name: getattr(config, name) for name in ("lora_alpha", "lora_dropout", "use_dora", "use_rslora")}
     lora = LoraConfig(r=config.lora_r, target_modules=plan["targets"], task_type="CAUSAL_LM", **same)
     if config.adapter:
-        earlier = LoraConfig.from_pretrained(config.adapter)
-        if (base := earlier.base_model_name_or_path) != config.model_name:
-            raise ValueError(f"{config.adapter} belongs to {base}, which is then the --model_name to pass")
-        if config.lora_r not in (earlier.r, FinetuneConfig.lora_r):
-            raise ValueError(f"{config.adapter} has rank {earlier.r}, and --lora_r is {config.lora_r}")
         model, lora = PeftModel.from_pretrained(model, config.adapter, is_trainable=True), None
     sets = {"train_dataset": plan["train_set"], "eval_dataset": plan["eval_set"]}
     trainer = trainer_class()(model, args, processing_class=tokenizer, peft_config=lora, **sets)
-    trainer.record, trainer.examples = record, data["train"]
-    trainer.shown = data["eval"][: config.show_answers]
+    trainer.record, trainer.examples, trainer.shown = (
+        record,
+        data["train"],
+        data["eval"][: config.show_answers],
+    )
     if config.trace == "swanlab" and RANK == 0:
         import swanlab
 
@@ -964,7 +984,7 @@ def trainer_class() -> type:
     from trl import SFTTrainer
 
     class ChatTrainer(SFTTrainer):
-        first_step, terminated = 0, False
+        terminated = stopped = False
 
         def create_model_card(self, *args, **kwargs):
             """None: it would take the place of a person's own README.md in output_dir."""
@@ -985,21 +1005,19 @@ def trainer_class() -> type:
 
         def training_step(self, model, inputs, *args):
             """Forward and backward. Raises ValueError, before the optimiser steps, where loss or gradient are
-            not finite (float16's scaler skips such steps itself). After SIGTERM this step is the last."""
-            ids = inputs["input_ids"].cpu().numpy().astype("int32").tobytes()
+            not finite (float16's scaler skips such gradients). After SIGTERM this step is the last."""
             loss = super().training_step(model, inputs, *args)
-            grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            finite = torch.stack([part.isfinite().all() for part in (loss, *grads)]).all()
-            if not (finite or self.args.fp16):
+            grads = [p.grad for p in model.parameters() if p.grad is not None and not self.args.fp16]
+            if not torch.stack([part.isfinite().all() for part in (loss, *grads)]).all():
+                ids = inputs["input_ids"].cpu().numpy().astype("int32").tobytes()
                 rows = [e["where"] for e in self.examples if e["input_ids"].tobytes() in ids]
                 what = f"loss or gradient of step {self.state.global_step + 1} is not finite"
                 raise ValueError(f"{what}: look at {', '.join(rows)}, or lower --learning_rate and --resume")
+            told = torch.tensor(float(self.terminated), device=loss.device)
             if PROCESSES > 1:  # the signal may reach them in different steps: they must save the same one
-                told = torch.tensor(float(self.terminated), device=loss.device)
                 torch.distributed.all_reduce(told)
-                self.terminated = told.item() > 0
-            if self.terminated and self.accelerator.sync_gradients:  # not between the batches of a step
-                self.control.should_save = self.control.should_training_stop = True
+            if told.item() and self.accelerator.sync_gradients:  # not between the batches of a step
+                self.stopped = self.control.should_save = self.control.should_training_stop = True
             return loss
 
         def log(self, logs, start_time=None):
@@ -1010,7 +1028,7 @@ def trainer_class() -> type:
                 say(f"{place} · Step {step}/{steps} | Eval loss: {logs['eval_loss']:.3f}")
             elif "loss" in logs:
                 seconds, speed = logs["train_runtime"], logs["train_tokens_per_second"]
-                left = seconds / (step - self.first_step) * (steps - step)
+                left = seconds / (step - self._initial_global_step) * (steps - step)
                 times = f"Time: {timedelta(seconds=int(seconds))} | left {timedelta(seconds=int(left))}"
                 loss = f"Loss: {logs['loss']:.3f} | LR: {logs['learning_rate']:.1e}"
                 say(f"{place} · Step {step}/{steps} | {loss} | {times} | {speed:.0f} tok/s")
@@ -1019,7 +1037,7 @@ def trainer_class() -> type:
             metrics = super().evaluate(*args, **kwargs)
             for example in self.shown if RANK == 0 else []:
                 ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
-                begin = max(i for i, label in enumerate(labels) if label != -100 == labels[i - 1])
+                begin = max(i for i, label in enumerate(labels) if labels[i - 1] < 0 <= label)
                 wanted = [label for label in labels[begin:] if label != -100]
                 reference = self.processing_class.decode(wanted, skip_special_tokens=True).strip()
                 say(f"  reference  {printable(reference)}\n  answer     {answer(self, ids[:begin])}")
@@ -1032,13 +1050,7 @@ def trainer_class() -> type:
 
         def _load_from_checkpoint(self, checkpoint, model=None):
             super()._load_from_checkpoint(checkpoint, model)
-            self.first_step = int(checkpoint.split("-")[-1])
             cast_adapter(self.model)  # it is loaded as float32
-
-        def _load_best_model(self):
-            super()._load_best_model()
-            if not self.is_deepspeed_enabled:  # which keeps views of the parameters
-                cast_adapter(self.model)
 
     return ChatTrainer
 

@@ -15,6 +15,8 @@ ROPE = {
     "qwen2": {"rope_type": "default", "rope_theta": 1e6},
     "llama": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
     | {"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "phi3": {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    | {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
 }
 
 
@@ -284,7 +286,14 @@ torch.save({"version": transformers.__version__, "ids": ids, "logits": logits}, 
 def test_transformers_4_opens_it_and_computes_the_same(base, tmp_path):
     """In a side environment; needs PyPI."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Phi3Config,
+        Phi3ForCausalLM,
+    )
 
     side = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "side"]
     if subprocess.run([*side, "transformers==4.57.6", "tokenizers<0.23", "huggingface-hub<1"]).returncode:
@@ -293,10 +302,15 @@ def test_transformers_4_opens_it_and_computes_the_same(base, tmp_path):
     llama = LlamaConfig(**sizes, vocab_size=512, max_position_embeddings=1024, rope_parameters=ROPE["llama"])
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "llama")
     LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
+    phi3 = Phi3Config(**sizes, vocab_size=512, pad_token_id=0, rope_parameters=ROPE["phi3"])
+    phi3.max_position_embeddings, phi3.original_max_position_embeddings = 1024, 64
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "phi3")
+    Phi3ForCausalLM(phi3).save_pretrained(tmp_path / "phi3")
     for name, place, lora in (
         ("qwen2", base, {}),
         ("tied", base, {"modules_to_save": ["lm_head"]}),
         ("llama", tmp_path / "llama", {}),
+        ("phi3", tmp_path / "phi3", {}),
     ):
         adapter = build_adapter(place, tmp_path / name / "run", **lora)
         perturb(adapter, "lm_head", 1.5)

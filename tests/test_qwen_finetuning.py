@@ -280,8 +280,10 @@ def test_early_stopping_and_an_adapter_that_learns_on(tmp_path, tiny_qwen2, fini
     assert re.search(r"trained [34] steps of \d+: 2 evaluations without a better loss", out), out
     record, earlier = (record_in(folder / "Qwen_finetuning_model") for folder in (tmp_path, finished[0]))
     assert record["losses"]["before"] < earlier["losses"]["before"] - 0.5  # it began where the other ended
-    with pytest.raises(ValueError, match="has rank 16, and --lora_r is 8"):
+    with pytest.raises(ValueError, match="has lora_r 16, and --lora_r is 8"):
         train(monkeypatch, tmp_path, tiny_qwen2, *flags, "--overwrite", "--lora_r", "8")
+    with pytest.raises(ValueError, match="has lora_alpha 32, and --lora_alpha is 64"):
+        train(monkeypatch, tmp_path, tiny_qwen2, *flags, "--overwrite", "--lora_alpha", "64")
     with pytest.raises(ValueError, match="belongs to"):
         other = build_model("qwen2", tmp_path / "other")
         train(monkeypatch, tmp_path, other, *flags, "--overwrite")

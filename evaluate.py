@@ -404,7 +404,7 @@ def write_results(config: Config, source: dict, sides: dict, rows: list, predict
     sides = json.loads(text, parse_constant=lambda name: None)  # or NaN, which is no JSON
     table = [["", *sides]]
     table += [[name, *(side.get(name, "") for side in sides.values())] for name in sides["model"]]
-    scores = "\n".join("".join(f"{shown(cell):<28}" for cell in row).rstrip() for row in table)
+    scores = "\n".join("".join(f"{shown(cell):<27} " for cell in row).rstrip() for row in table)
     columns = ["score", "prompt", "reference", "prediction"] + ["base_prediction"] * config.compare_base
     answers = [columns, *sorted([row[name] for name in columns] for row in predictions)]
     page = Environment(autoescape=True, finalize=shown).from_string(REPORT)

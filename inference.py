@@ -89,10 +89,8 @@ def main(config: Config) -> None:
 
 # Same in: chat.py, evaluate.py, inference.py
 def load_model(name: str):
-    """(model, tokenizer) of an adapter folder, a model folder or a hub id.
-
-    An adapter comes on its base, in 4 bits where the training had it so: it learnt to correct those weights.
-    """
+    """(model, tokenizer) of an adapter folder, a model folder or a hub id. An adapter comes on its base, in 4
+    bits where the training had it so: it learnt to correct those weights."""
     import torch
     import transformers
 
@@ -104,8 +102,10 @@ def load_model(name: str):
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16
     dtype = torch.bfloat16 if bfloat16 else torch.float16 if cuda else torch.float32
     options, run = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, {}
-    if Path(name, "adapter_config.json").is_file() and Path(name, "finetune_config.json").is_file():
-        run = json.loads(Path(name, "finetune_config.json").read_text(encoding="utf-8"))["settings"]
+    adapter, record = Path(name, "adapter_config.json"), Path(name, "finetune_config.json")
+    if adapter.is_file():
+        options["revision"] = json.loads(adapter.read_text(encoding="utf-8")).get("revision") or "main"
+        run = json.loads(record.read_text(encoding="utf-8"))["settings"] if record.is_file() else {}
     if run.get("load_in_4bit"):
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)

@@ -127,7 +127,7 @@ def choose(config: Config, peft: dict, record: dict) -> tuple[str, str, list[dic
     if config.base_weights == "auto":
         bases = ["original", "dequantized"] if settings.get("load_in_4bit") else ["original"]
     if dtype == "auto":  # the base's own 16-bit type
-        own = AutoConfig.from_pretrained(peft["base_model_name_or_path"]).dtype
+        own = AutoConfig.from_pretrained(peft["base_model_name_or_path"], revision=peft.get("revision")).dtype
         dtype = "float16" if str(own) == "torch.float16" else "bfloat16"
     path = Path(record.get("held_out", ""))
     path = path if path.is_file() else Path(config.adapter).parent / path.name  # after a move

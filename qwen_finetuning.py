@@ -223,7 +223,7 @@ def yaml_flags(file: str) -> list[str]:
         if name in flags or isinstance(value, yaml.MappingNode):
             raise ValueError(f"{where}: {name} is set twice, or holds a section")
         texts = value.value if isinstance(value, yaml.SequenceNode) else [value]
-        texts = ["" if text.tag.endswith(":null") else text.value for text in texts]
+        texts = ["" if text.tag.endswith(":null") else text.value for text in texts] or [""]
         flags[name] = [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
         if type(known[name]) is bool:
             yes = yaml.SafeLoader.bool_values.get(texts[0].lower())
@@ -936,6 +936,7 @@ def attend_by_rows(module, query, key, value, mask, scaling=None, dropout=0.0, c
     """Causal attention on a CPU: rows that lie end to end (`cu_seq_lens_q` says where) attend each to itself.
     Tensors are (1, heads, tokens, width), the result (1, tokens, heads, width); 1.6 times PyTorch's speed."""
     import torch
+    import torch.nn.functional as F
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if cu_seq_lens_q is None:  # an answer is generated, to one prompt at a time
@@ -944,9 +945,13 @@ def attend_by_rows(module, query, key, value, mask, scaling=None, dropout=0.0, c
     rows, scaling = [], scaling or query.size(-1) ** -0.5
     for begin, end in pairwise(cu_seq_lens_q.tolist()):
         q, k, v = (part[0, :, begin:end] for part in (query, key, value))
+        if end - begin > 1024:  # whose square of all tokens would take much memory in each layer
+            causal = {"is_causal": True, "dropout_p": dropout, "scale": scaling}
+            rows.append(F.scaled_dot_product_attention(q, k, v, **causal))
+            continue
         future = torch.full((end - begin, end - begin), float("-inf"), dtype=q.dtype).triu(1)
         shares = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scaling).softmax(-1)
-        rows.append(torch.nn.functional.dropout(shares, dropout) @ v)
+        rows.append(F.dropout(shares, dropout) @ v)
     return torch.cat(rows, dim=1).transpose(0, 1)[None], None
 
 

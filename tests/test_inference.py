@@ -52,13 +52,23 @@ def test_an_adapter_answers_as_plain_code_does(tmp_path, tiny_qwen2, ask, four_b
     assert bool(getattr(model, "is_loaded_in_4bit", False)) == four_bit
 
 
-def test_a_foreign_adapter_and_a_plain_model_work(tmp_path, tiny_adapter, tiny_qwen2):
+def interrupted_if_v2(name, revision, **options):
+    if revision == "v2":
+        raise KeyboardInterrupt
+
+
+def test_a_foreign_adapter_and_a_plain_model_work(tmp_path, tiny_adapter, tiny_qwen2, monkeypatch):
     foreign = tmp_path / "foreign"  # as PEFT alone leaves it: no record, no tokenizer, no generation settings
     foreign.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tiny_adapter / name, foreign)
     model, tokenizer = inference.load_model(str(foreign))
     assert model.active_adapters() and tokenizer.chat_template
+    settings = json.loads((foreign / "adapter_config.json").read_text()) | {"revision": "v2"}
+    (foreign / "adapter_config.json").write_text(json.dumps(settings))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # the base's, as PEFT wrote it
+        patch.setattr("transformers.AutoModelForCausalLM.from_pretrained", interrupted_if_v2)
+        inference.load_model(str(foreign))
     config = json.loads((tiny_qwen2 / "config.json").read_text()) | {"use_cache": False}
     shutil.copytree(tiny_qwen2, tmp_path / "base")
     (tmp_path / "base/config.json").write_text(json.dumps(config))

@@ -260,10 +260,9 @@ def with_ids(tokenizer, ends: list[int], limit: int, row: dict) -> dict:
     # a whole example ends with the end of a turn, and white space perhaps
     cut = any(set(ends).isdisjoint(example["input_ids"][-2:]) for example in examples)
     talk = [f"{turn['role']}: {turn['content']}" for turn in turns if turn["role"] != "system"]
-    prompt = "\n".join(talk) if len(talk) > 1 else turns[-1]["content"]
-    reference = answer_of(tokenizer.decode(ids[start:end], skip_special_tokens=True))
-    judged = {"prompt": prompt, "prompt_ids": prompt_ids, "reference": reference}
-    return judged | {"examples": examples, "cut": cut}
+    texts = {"reference": answer_of(tokenizer.decode(ids[start:end], skip_special_tokens=True))}
+    texts["prompt"] = "\n".join(talk) if len(talk) > 1 else turns[-1]["content"]
+    return texts | {"prompt_ids": prompt_ids, "examples": examples, "cut": cut}
 
 
 def mean_loss(model, examples: list[dict]) -> float:
@@ -402,8 +401,8 @@ def write_results(config: Config, source: dict, sides: dict, rows: list, predict
     sides["model"] = {"length": length, "truncation_rate": fmean(row["cut"] for row in rows)} | sides["model"]
     text = json.dumps(sides, default=lambda number: number.tolist())  # a metric may give numpy's numbers
     sides = json.loads(text, parse_constant=lambda name: None)  # or NaN, which is no JSON
-    table = [["", *sides]]
-    table += [[name, *(side.get(name, "") for side in sides.values())] for name in sides["model"]]
+    table, names = [["", *sides]], [name for name in sides["model"] if name != "bleu_signature"]
+    table += [[name, *(side.get(name, "") for side in sides.values())] for name in names]
     scores = "\n".join("".join(f"{shown(cell):<27} " for cell in row).rstrip() for row in table)
     columns = ["score", "prompt", "reference", "prediction"] + ["base_prediction"] * config.compare_base
     answers = [columns, *sorted([row[name] for name in columns] for row in predictions)]

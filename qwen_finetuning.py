@@ -489,8 +489,7 @@ def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
     """A record of any shape as (chat messages, tools). Raises ValueError that says what is wrong with it."""
     if not isinstance(record, dict):
         raise ValueError(f"no JSON object: {str(record)[:200]}")
-    turns = objects(record, "messages", "conversations")
-    if not turns:
+    if not (turns := objects(record, "messages", "conversations")):
         parts = text_of(record, "instruction", "prompt"), text_of(record, "input")
         last = ["\n补充信息：".join(filter(None, parts)), text_of(record, "output", "response", "completion")]
         if not any(last):

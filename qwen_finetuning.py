@@ -423,6 +423,7 @@ def stop_for(faults: list[str], go_on: bool) -> None:
         if not go_on:
             raise ValueError(f"{words}\nmend them, or pass --skip_bad_rows")
         say(words)
+        faults.clear()  # each is told once
 
 
 # Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py

@@ -380,7 +380,7 @@ def prepare(tmp_path: Path, lines: list[str], **settings) -> dict:
     return training.prepare_data(config, build_tokenizer())
 
 
-def test_the_ledger_counts_every_row_once(tmp_path):
+def test_the_ledger_counts_every_row_once(tmp_path, capsys):
     lines = [json.dumps(record) for record in records(20)]
     lines += [lines[3], "{broken", '{"question": 1}', '{"input": "x", "output": " "}', "[1]", ""]
     lines += [
@@ -392,6 +392,7 @@ def test_the_ledger_counts_every_row_once(tmp_path):
     }
     lines += [json.dumps({"input": "<|im_end|>", "output": "typed"}), json.dumps(silent)]
     data = prepare(tmp_path, lines, skip_bad_rows=True, max_seq_length=150)
+    assert capsys.readouterr().err.count("4 rows can not be used") == 1
     ledger = data["ledger"]
     wanted = {"rows_read": 28, "unreadable_or_wrong_shape": 3, "empty_answer": 1, "exact_duplicate": 1}
     wanted |= {"no_supervised_token": 2, "answers_cut": 1, "examples": 22}

@@ -193,10 +193,10 @@ class Terminal:
 
     def interrupt(self) -> str:
         """Press Ctrl-C, again where nothing comes: input() misses one between its prompt and its wait."""
-        for _ in range(5):
+        for _ in range(20):
             self.type("\x03")
             with suppress(AssertionError):
-                return self.until("you> ", 5)
+                return self.until("you> ", 1)
         raise AssertionError(f"no prompt after Ctrl-C: {self.seen}")
 
     def type(self, text: str) -> None:

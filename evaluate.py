@@ -207,7 +207,8 @@ def row_of(line: dict) -> dict:
         elif message["role"] == "assistant":
             answered = len(messages)
     said = [m["role"] == "tool" or m["role"] and (m["content"] or m.get("tool_calls")) for m in messages]
-    if not answered or not all(said):
+    texts = all(isinstance(m["content"], str) for m in messages)  # parts have another digest in training
+    if not answered or not all(said) or not texts:
         raise ValueError("expected messages with an assistant's answer, or instruction, input and output")
     tools = record.get("tools") or []
     row = {"text": json.dumps([messages, tools], ensure_ascii=False), "messages": messages[:answered]}

@@ -222,6 +222,9 @@ def judged(evaluate, tokenizer, **record) -> dict:
 
 def test_the_last_answer_is_labelled_as_in_training(evaluate):
     tokenizer = build_tokenizer()
+    with pytest.raises(ValueError, match="expected messages"):  # whose digest would not be training's
+        parts = {"role": "user", "content": [{"type": "text", "text": "q"}]}
+        judged(evaluate, tokenizer, messages=[parts, {"role": "assistant", "content": "a"}])
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a <|im_end|> b"}]
     row = judged(evaluate, tokenizer, messages=talk)
     [wanted], _ = load_script("qwen_finetuning").encode(talk, tokenizer)

@@ -8,15 +8,14 @@ Writes  the answers to stdout; with /save FILE.jsonl the conversation, as a line
 
 By default no three tokens come twice in an answer, and what it has said becomes less likely (penalty 1.3):
 small models go in circles less, but lists, tables, code and JSON are spoilt; for those take the second line.
-/compare asks the base model the last question, /system TEXT sets another system message (alone: that of the
-training). Lines that are pasted, or stand between two lines of \"\"\", are one message and no command.
+/compare asks the base model the last question, /system TEXT sets another system message (alone: training's).
+Lines that are pasted, or stand between two lines of \"\"\", are one message and no command.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import re
 import sys
@@ -24,14 +23,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # could steer a terminal; unlike line breaks and tabs
 HELP = "/compare  /reset  /system TEXT  /save FILE.jsonl  /help  exit; Ctrl-C stops an answer, Ctrl-D leaves"
 
 
 # Same in: all nine scripts
 def setting(default, help: str, **options):
     """A dataclass field that is also a flag; its default is written here and nowhere else."""
-    shown = " ".join(default) if isinstance(default, tuple) else default
-    help = f"{help} (default: {shown})".replace("%", "%%")
+    help = f"{help} (default: {default})".replace("%", "%%")
     return field(default=default, metadata={"help": help} | options)
 
 
@@ -44,38 +43,30 @@ class Config:
     top_p: float = setting(0.9, "sample from the likeliest tokens up to this share")
     repetition_penalty: float = setting(1.3, "makes what the answer has said less likely; 1 is off")
     no_repeat_ngram_size: int = setting(3, "no run of this many tokens twice in an answer; 0 is off")
-    seed: int = setting(3407, "the same seed and the same words give the same answers")
 
 
-# Same in: all nine scripts
-def parser_of(config_class: type) -> argparse.ArgumentParser:
-    """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
+# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Settings from the command line; an unknown or shortened flag is an error (exit 2)."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    for f in fields(config_class):
+    for f in fields(Config):
         yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
         options = yes_no if type(f.default) is bool else {"type": type(f.default)}
         parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> Config:
-    return Config(**vars(parser_of(Config).parse_args(argv)))
+    return Config(**vars(parser.parse_args(argv)))
 
 
 def main(config: Config) -> None:
     import torch
     from jinja2 import TemplateError
 
-    if sys.stdin is None:
-        raise ValueError("stdin is closed: there is nothing to answer")
     sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end a conversation
     with suppress(ImportError):  # Windows has none
         import readline
 
         readline.parse_and_bind("set enable-bracketed-paste on")  # Python switches it off
     talk = Talk(config, *load_model(config.model))
-    torch.manual_seed(config.seed)
     print(HELP, file=sys.stderr)
     while True:
         try:
@@ -85,14 +76,12 @@ def main(config: Config) -> None:
             if line == '"""':
                 talk.ask("\n".join(iter(input, '"""')))
             elif line.startswith("/") and "\n" not in line:  # a pasted text is no command
-                talk.obey(*line.partition(" ")[::2])
+                talk.obey(*line.split(maxsplit=1))
                 print("[done]", file=sys.stderr)
             elif line:
                 talk.ask(line)
         except EOFError:
             return
-        except BrokenPipeError:  # whoever reads the answers has enough
-            raise
         except KeyboardInterrupt:  # at the prompt
             print()
         except (OSError, ValueError, TemplateError, torch.OutOfMemoryError) as error:
@@ -107,8 +96,6 @@ def load_model(name: str):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     cpu, cuda = torch.cpu.get_capabilities(), torch.cuda.is_available()
     bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16
@@ -126,7 +113,6 @@ def load_model(name: str):
         module.support_avx512bf16_for_cpu = False  # else bitsandbytes repacks weights, which DoRA reads
     if Path(name, "generation_config.json").is_file():  # an adapter's own is not loaded by itself
         model.generation_config = transformers.GenerationConfig.from_pretrained(name)
-    model.generation_config.use_cache = True  # some models are saved with it off, as in training
     words = name if Path(name, "tokenizer_config.json").is_file() else model.name_or_path
     return model, transformers.AutoTokenizer.from_pretrained(words)
 
@@ -139,9 +125,8 @@ class Talk:
         self.turns, self.cache, self.read = [], None, []
         self.obey("/system", config.system_prompt)
 
-    def obey(self, command: str, text: str) -> None:
+    def obey(self, command: str, text: str = "") -> None:
         """Carry out a command. Raises ValueError for one that is unknown or can not be done."""
-        text = text.strip()
         if command == "/reset":
             self.turns = []
         elif command == "/system":
@@ -156,13 +141,8 @@ class Talk:
                 for module in self.model.modules():  # the model's enable_adapters forgets modules_to_save
                     if hasattr(module, "_disable_adapters"):
                         module.enable_adapters(True)
-        elif command == "/save" and text.endswith(".jsonl"):
-            if all("weight" in turn for turn in self.turns[1::2]):
-                raise ValueError("there is no whole answer to save yet")
-            with open(os.path.expanduser(text), "a+", encoding="utf-8") as file:
-                file.seek(0)
-                if file.read()[-1:] not in ("", "\n"):  # an editor may have left the last line open
-                    file.write("\n")
+        elif command == "/save" and text.endswith(".jsonl") and self.turns:
+            with open(os.path.expanduser(text), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self.system + self.turns}, ensure_ascii=False) + "\n")
         else:
             raise ValueError(HELP if command == "/help" else f"{command} {text} can not be done now. {HELP}")
@@ -190,7 +170,7 @@ class Talk:
 
         def show(text: str, stream_end: bool = False) -> None:
             parts.append(text)
-            print(printable(text), end="\n" if stream_end else "", flush=True)
+            print(CONTROL.sub("\ufffd", text), end="\n" if stream_end else "", flush=True)
 
         streamer = transformers.TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         streamer.on_finalized_text = show
@@ -201,7 +181,7 @@ class Talk:
         options = {"attention_mask": torch.ones_like(prompt), "past_key_values": cache, "streamer": streamer}
         options |= {"logits_processor": penalties, "repetition_penalty": 1.0, "top_k": 0}
         options |= {"do_sample": config.temperature > 0, "temperature": config.temperature}
-        options |= {"top_p": config.top_p, "max_new_tokens": config.max_new_tokens}
+        options |= {"top_p": config.top_p, "max_new_tokens": config.max_new_tokens, "use_cache": True}
         try:
             output = self.model.generate(prompt, **options)[0].tolist()
             self.cache, self.read, ends = cache, output[:-1], self.model.generation_config.eos_token_id
@@ -228,15 +208,8 @@ class Talk:
         raise ValueError(f"{len(ids)} tokens and the answer's are more than the {context} that fit")
 
 
-# Same in: chat.py, inference.py, qwen_finetuning.py
-def printable(text: str) -> str:
-    """`text` without the control characters that could steer a terminal; line breaks and tabs stay."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
-
-
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
     except (OSError, ValueError) as error:  # a person's mistake or a file's; a bug keeps its traceback

@@ -64,8 +64,7 @@ ASKING = ("system", "developer", "user", "human", "tool", "observation", "functi
 # Same in: all nine scripts
 def setting(default, help: str, **options):
     """A dataclass field that is also a flag; its default is written here and nowhere else."""
-    shown = " ".join(default) if isinstance(default, tuple) else default
-    help = f"{help} (default: {shown})".replace("%", "%%")
+    help = f"{help} (default: {default})".replace("%", "%%")
     return field(default=default, metadata={"help": help} | options)
 
 
@@ -95,20 +94,16 @@ class Config:
             raise ValueError(f"--keywords: expected an object with the lists of words {', '.join(KEYWORDS)}")
 
 
+# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py
 def parse_args(argv: list[str] | None = None) -> Config:
-    return Config(**vars(parser_of(Config).parse_args(argv)))
-
-
-# Same in: all nine scripts
-def parser_of(config_class: type) -> argparse.ArgumentParser:
-    """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
+    """Settings from the command line; an unknown or shortened flag is an error (exit 2)."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    for f in fields(config_class):
+    for f in fields(Config):
         yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
         options = yes_no if type(f.default) is bool else {"type": type(f.default)}
         parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
-    return parser
+    return Config(**vars(parser.parse_args(argv)))
 
 
 def main(config: Config) -> None:
@@ -365,8 +360,7 @@ def domain_finder(keywords: dict[str, list[str]]):
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
     except (OSError, ValueError, EOFError) as error:  # a person's mistake or a file's

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import math
 import os
 import re
@@ -34,6 +33,7 @@ from types import SimpleNamespace
 # Runs of Chinese; and what else stands without spaces: kana, Thai, Lao, Tibetan, Burmese, Khmer, emoji.
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 ALONE = re.compile("[\u3040-\u30ff\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\U0001f000-\U0001faff]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # could steer a terminal; unlike line breaks and tabs
 SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool", "user": "user"}
 SPEAKERS |= {"assistant": "assistant", "system": "system", "tool": "tool"}
 KEPT = ("tool_calls", "reasoning_content", "name", "tool_call_id")  # of a turn, as in training
@@ -48,8 +48,7 @@ REPORT = """<!DOCTYPE html><meta charset="utf-8"><title>{{ title }}</title>
 # Same in: all nine scripts
 def setting(default, help: str, **options):
     """A dataclass field that is also a flag; its default is written here and nowhere else."""
-    shown = " ".join(default) if isinstance(default, tuple) else default
-    help = f"{help} (default: {shown})".replace("%", "%%")
+    help = f"{help} (default: {default})".replace("%", "%%")
     return field(default=default, metadata={"help": help} | options)
 
 
@@ -77,20 +76,16 @@ class Config:
                 raise ValueError(f"--{name} is {value}; it must be 1 or more")
 
 
-# Same in: all nine scripts
-def parser_of(config_class: type) -> argparse.ArgumentParser:
-    """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
+# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Settings from the command line; an unknown or shortened flag is an error (exit 2)."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    for f in fields(config_class):
+    for f in fields(Config):
         yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
         options = yes_no if type(f.default) is bool else {"type": type(f.default)}
         parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> Config:
-    return Config(**vars(parser_of(Config).parse_args(argv)))
+    return Config(**vars(parser.parse_args(argv)))
 
 
 def main(config: Config) -> None:
@@ -224,8 +219,6 @@ def load_model(name: str):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     cpu, cuda = torch.cpu.get_capabilities(), torch.cuda.is_available()
     bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16
@@ -243,7 +236,6 @@ def load_model(name: str):
         module.support_avx512bf16_for_cpu = False  # else bitsandbytes repacks weights, which DoRA reads
     if Path(name, "generation_config.json").is_file():  # an adapter's own is not loaded by itself
         model.generation_config = transformers.GenerationConfig.from_pretrained(name)
-    model.generation_config.use_cache = True  # some models are saved with it off, as in training
     words = name if Path(name, "tokenizer_config.json").is_file() else model.name_or_path
     return model, transformers.AutoTokenizer.from_pretrained(words)
 
@@ -319,7 +311,7 @@ def generate(model, prompts: list[list[int]], room: int) -> list[tuple[list[int]
     ids = [torch.tensor(prompt) for prompt in prompts]
     ids = torch.nn.utils.rnn.pad_sequence(ids, True, -1, padding_side="left").to(model.device)
     greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    greedy |= {"attention_mask": (ids >= 0).long(), "max_new_tokens": room}
+    greedy |= {"attention_mask": (ids >= 0).long(), "max_new_tokens": room, "use_cache": True}
     try:
         output = model.generate(ids.clamp(min=0), **greedy)[:, ids.shape[1] :].tolist()
     except torch.OutOfMemoryError:
@@ -426,12 +418,11 @@ def shown(value: object) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(shown, value))}]"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+    return CONTROL.sub("\ufffd", text)
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
     except (ImportError, OSError, ValueError) as error:  # a person's mistake; a bug keeps its traceback

@@ -15,6 +15,7 @@ import re
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields
+from itertools import zip_longest
 from pathlib import Path
 
 EXAMPLE_DATA = Path("outputs/examples_translation_en_zh.jsonl")
@@ -39,8 +40,7 @@ A nurse reads. = 护士在看书。 | Chips are tiny. = 芯片很小。 | She si
 # Same in: all nine scripts
 def setting(default, help: str, **options):
     """A dataclass field that is also a flag; its default is written here and nowhere else."""
-    shown = " ".join(default) if isinstance(default, tuple) else default
-    help = f"{help} (default: {shown})".replace("%", "%%")
+    help = f"{help} (default: {default})".replace("%", "%%")
     return field(default=default, metadata={"help": help} | options)
 
 
@@ -59,23 +59,15 @@ class CliConfig:
     skip_bad_rows: bool = setting(False, "count bad lines and go on, instead of stopping")
 
 
-# Same in: all nine scripts
-def parser_of(config_class: type) -> argparse.ArgumentParser:
-    """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
+def parse_args(argv: list[str] | None = None) -> CliConfig:
+    """Settings from the command line; six flags have a short form, an unknown one is an error (exit 2)."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    for f in fields(config_class):
+    for f, short in zip_longest(fields(CliConfig), SHORT_FLAGS):
         yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
         options = yes_no if type(f.default) is bool else {"type": type(f.default)}
-        parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> CliConfig:
-    """Settings from the command line; six of the flags have a short form."""
-    parser = parser_of(CliConfig)
-    for short, f in zip(SHORT_FLAGS, fields(CliConfig), strict=False):
-        parser.add_argument(f"--{short}", dest=f.name, type=type(f.default), help=f"= --{f.name}")
+        names = [f"--{name}" for name in (f.name, short) if name]
+        parser.add_argument(*names, default=f.default, **(options | f.metadata))
     return CliConfig(**vars(parser.parse_args(argv)))
 
 
@@ -248,8 +240,7 @@ def load_for_training(name: str):
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main()
     except (OSError, ValueError) as error:  # a person's mistake or a file's; a bug keeps its traceback

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import re
 import sys
@@ -26,14 +25,14 @@ import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # could steer a terminal; unlike line breaks and tabs
 INSTRUCTION = "用三句话解释什么是LoRA微调，以及它为什么节省显存。"
 
 
 # Same in: all nine scripts
 def setting(default, help: str, **options):
     """A dataclass field that is also a flag; its default is written here and nowhere else."""
-    shown = " ".join(default) if isinstance(default, tuple) else default
-    help = f"{help} (default: {shown})".replace("%", "%%")
+    help = f"{help} (default: {default})".replace("%", "%%")
     return field(default=default, metadata={"help": help} | options)
 
 
@@ -53,20 +52,16 @@ class Config:
     seed: int = setting(3407, "with a temperature: the same seed gives the same answer")
 
 
-# Same in: all nine scripts
-def parser_of(config_class: type) -> argparse.ArgumentParser:
-    """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
+# Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Settings from the command line; an unknown or shortened flag is an error (exit 2)."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    for f in fields(config_class):
+    for f in fields(Config):
         yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
         options = yes_no if type(f.default) is bool else {"type": type(f.default)}
         parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> Config:
-    return Config(**vars(parser_of(Config).parse_args(argv)))
+    return Config(**vars(parser.parse_args(argv)))
 
 
 def main(config: Config) -> None:
@@ -81,7 +76,7 @@ def main(config: Config) -> None:
     prompt = prompt_of({"instruction": instruction, "input": config.input}, config, tokenizer)
     streamer, started = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), time.monotonic()
     show = streamer.on_finalized_text
-    streamer.on_finalized_text = lambda text, stream_end=False: show(printable(text), stream_end)
+    streamer.on_finalized_text = lambda text, stream_end=False: show(CONTROL.sub("\ufffd", text), stream_end)
     [(_, tokens, ended)] = answers_to([prompt], config, model, tokenizer, streamer=streamer)
     speed = tokens / (time.monotonic() - started)
     print(f"{tokens} tokens, {speed:.1f} tokens/s, {ended}", file=sys.stderr)
@@ -95,8 +90,6 @@ def load_model(name: str):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     cpu, cuda = torch.cpu.get_capabilities(), torch.cuda.is_available()
     bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16
@@ -114,7 +107,6 @@ def load_model(name: str):
         module.support_avx512bf16_for_cpu = False  # else bitsandbytes repacks weights, which DoRA reads
     if Path(name, "generation_config.json").is_file():  # an adapter's own is not loaded by itself
         model.generation_config = transformers.GenerationConfig.from_pretrained(name)
-    model.generation_config.use_cache = True  # some models are saved with it off, as in training
     words = name if Path(name, "tokenizer_config.json").is_file() else model.name_or_path
     return model, transformers.AutoTokenizer.from_pretrained(words)
 
@@ -159,21 +151,16 @@ def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, strea
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     options = {"top_k": 0, "repetition_penalty": 1.0}  # whatever the model's own settings say
     options |= {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
-    options |= {"do_sample": config.temperature > 0, "max_new_tokens": room, "streamer": streamer}
-    output, answers = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].tolist(), []
+    options |= {"do_sample": config.temperature > 0, "max_new_tokens": room, "use_cache": True}
+    output = model.generate(**batch, **options, streamer=streamer)[:, batch["input_ids"].shape[1] :].tolist()
     stop = model.generation_config.eos_token_id
     ends = stop if isinstance(stop, list) else [stop]
+    answers = []
     for ids in output:
         tokens = next((n for n, token in enumerate(ids, 1) if token in ends), None)
         text = tokenizer.decode(ids[:tokens], skip_special_tokens=True).strip()
         answers.append((text, tokens or len(ids), "ended by itself" if tokens else "cut at the limit"))
     return answers
-
-
-# Same in: chat.py, inference.py, qwen_finetuning.py
-def printable(text: str) -> str:
-    """`text` without the control characters that could steer a terminal; line breaks and tabs stay."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def answer_file(config: Config, model, tokenizer) -> None:
@@ -211,8 +198,7 @@ def answer_file(config: Config, model, tokenizer) -> None:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
     except (OSError, ValueError) as error:  # a person's mistake or a file's; a bug keeps its traceback

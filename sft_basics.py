@@ -58,8 +58,7 @@ EXAMPLE_PAIRS = [
 # Same in: all nine scripts
 def setting(default, help: str, **options):
     """A dataclass field that is also a flag; its default is written here and nowhere else."""
-    shown = " ".join(default) if isinstance(default, tuple) else default
-    help = f"{help} (default: {shown})".replace("%", "%%")
+    help = f"{help} (default: {default})".replace("%", "%%")
     return field(default=default, metadata={"help": help} | options)
 
 
@@ -81,21 +80,14 @@ class FinetuneConfig:
             raise ValueError("--max_steps must be 1 or more, --max_length 32 or more")
 
 
-# Same in: all nine scripts
-def parser_of(config_class: type) -> argparse.ArgumentParser:
-    """A parser with one flag a field of the dataclass; an unknown or shortened flag is an error (exit 2)."""
+def parse_args(argv: list[str] | None = None) -> list[FinetuneConfig]:
+    """One config for each format to train: both, unless one is asked for by its flag."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    for f in fields(config_class):
+    for f in fields(FinetuneConfig):
         yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
         options = yes_no if type(f.default) is bool else {"type": type(f.default)}
         parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> list[FinetuneConfig]:
-    """One config for each format to train: both, unless one is asked for by its flag."""
-    parser = parser_of(FinetuneConfig)
     parser.set_defaults(instruction_mode=None)  # so that "unsaid" can be told
     said = vars(parser.parse_args(argv))
     modes = [True, False] if said["instruction_mode"] is None else [said["instruction_mode"]]
@@ -237,8 +229,7 @@ def answer_figures(model, tokenizer, texts: list[str]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
     except (OSError, ValueError) as error:  # a person's mistake or a file's; a bug keeps its traceback

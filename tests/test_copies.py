@@ -21,9 +21,11 @@ def helpers() -> dict[str, dict[str, tuple[str, str]]]:
     for path in SCRIPTS:
         lines = path.read_text(encoding="utf-8").splitlines()
         for node in ast.parse("\n".join(lines)).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in OWN:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
                 mark = re.search(r"# Same in: (.*)", lines[first - 2])
+                if node.name in OWN and not mark:
+                    continue
                 body = "\n".join(lines[first - 1 : node.end_lineno])
                 found.setdefault(node.name, {})[path.name] = (body, mark[1] if mark else "")
     return found

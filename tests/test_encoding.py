@@ -168,5 +168,5 @@ def test_a_template_of_the_folder_goes_onto_a_tokenizer(tmp_path):
     with pytest.raises(ValueError, match=r"llama3_instruct.json: the tokenizer has no <\|eot_id\|>"):
         training.set_template(tokenizer, str(ROOT / "templates/llama3_instruct.json"))
     (tmp_path / "half.json").write_text('{"chat_template": "x"}')
-    with pytest.raises(ValueError, match="half.json has no control_tokens, stop_tokens"):
+    with pytest.raises(ValueError, match="half.json needs chat_template, stop_tokens and control_tokens"):
         training.set_template(tokenizer, str(tmp_path / "half.json"))

@@ -46,7 +46,7 @@ def plain_answer(folder: Path, question: str = LAMP, count: int = 12) -> str:
 def test_an_adapter_answers_as_plain_code_does(tmp_path, tiny_qwen2, ask, four_bit):
     adapter = build_adapter(tiny_qwen2, tmp_path / "adapter", four_bit=four_bit)
     out, err = ask(adapter, "--instruction", LAMP)
-    assert out.strip() == inference.printable(plain_answer(adapter))
+    assert out.strip() == inference.CONTROL.sub("\ufffd", plain_answer(adapter))
     assert "12 tokens, " in err and "cut at the limit" in err
     model, _ = inference.load_model(str(adapter))
     assert bool(getattr(model, "is_loaded_in_4bit", False)) == four_bit
@@ -117,14 +117,14 @@ def test_a_killed_run_goes_on(tmp_path, tiny_adapter, monkeypatch):
 
 def test_stdin_terminals_and_mistakes(tmp_path, tiny_adapter, ask, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(LAMP + "\n"))
-    assert ask(tiny_adapter, "--instruction", "-")[0].strip() == inference.printable(
-        plain_answer(tiny_adapter)
+    assert ask(tiny_adapter, "--instruction", "-")[0].strip() == inference.CONTROL.sub(
+        "\ufffd", plain_answer(tiny_adapter)
     )
     command = [sys.executable, str(ROOT / "inference.py"), "--help"]  # an open pipe is not waited for
     streams = {"stdin": subprocess.PIPE, "capture_output": True, "env": {"PYTHONIOENCODING": "ascii"}}
     done = subprocess.run(command, **streams)
     assert done.returncode == 0 and b"--max_new_tokens" in done.stdout
-    assert inference.printable("a\x1b[31m\x9bb\n\tc") == "a\ufffd[31m\ufffdb\n\tc"
+    assert inference.CONTROL.sub("\ufffd", "a\x1b[31m\x9bb\n\tc") == "a\ufffd[31m\ufffdb\n\tc"
     for model, flags, words in (
         (tmp_path / "nowhere", (), "^error: [^\n]*nowhere[^\n]*$"),
         (tiny_adapter, ("--thinking", "off"), "--thinking: the chat template has no enable_thinking"),

@@ -61,14 +61,15 @@ def test_a_4_bit_adapter_goes_onto_the_weights_it_was_trained_on(make, tmp_path,
     assert "on 4 held-out rows" in printed and f"{table['as trained']['loss']:.4f}" in printed
     assert 0 < found["verified"]["mean_kl"] < 1e-4 and "same top token" in printed
 
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     script, folder = load_script("merge_model"), tmp_path / "merged"
     record = json.loads((adapter / "finetune_config.json").read_text(encoding="utf-8"))
-    trained, tokenizer = script.load(str(adapter), record, "as trained")  # in 4 bits
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    trained = script.load(str(adapter), record, "as trained")  # in 4 bits
     expected = script.log_probs(trained, tokenizer)
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    other, _ = script.load(str(adapter), record, "original")
+    other = script.load(str(adapter), record, "original")
     near, far = (script.log_probs(model, tokenizer) - expected for model in (merged, other))
     assert near.abs().mean() < 0.3 * far.abs().mean()
 
@@ -131,7 +132,7 @@ def test_dora_reads_no_weights_that_bitsandbytes_repacks(name, base, tmp_path, m
     (adapter / "finetune_config.json").write_text(json.dumps(record))
     script = load_script(name)
     merging = name == "merge_model"
-    model, _ = script.load(adapter, record, "as trained") if merging else script.load_model(str(adapter))
+    model = script.load(adapter, record, "as trained") if merging else script.load_model(str(adapter))[0]
     repack = [m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, Linear4bit)]
     assert repack and not any(repack)
 
@@ -157,6 +158,8 @@ def test_without_a_record_it_says_what_it_takes_and_obeys(make, tmp_path, capsys
     ],
 )
 def test_float16_needs_a_reason_and_room(losses, largest, taken, tiny_adapter, monkeypatch):
+    from peft import PeftConfig
+
     script, losses = load_script("merge_model"), {"trained": 0.41} | losses
 
     def measure(adapter, record, lines, base, dtype, trained=None) -> dict:
@@ -165,7 +168,7 @@ def test_float16_needs_a_reason_and_room(losses, largest, taken, tiny_adapter, m
         return {"base": base, "dtype": dtype, "loss": loss, "away": away, "largest": largest}
 
     monkeypatch.setattr(script, "measure", measure)
-    peft, record = (script.read_json(tiny_adapter / f"{n}_config.json") for n in ("adapter", "finetune"))
+    peft, record = PeftConfig.from_pretrained(tiny_adapter), {"held_out": "held_out.jsonl"}
     assert script.choose(script.Config(adapter=str(tiny_adapter)), peft, record)[1] == taken
 
 
@@ -182,12 +185,6 @@ def broken(kind: str, adapter: Path, output: Path) -> None:
         output.mkdir()
     elif kind == "base gone":
         change(adapter / "adapter_config.json", base_model_name_or_path="no/body")
-    elif kind == "row":
-        rows = adapter.parent / "held_out.jsonl"
-        rows.write_text(rows.read_text().split("\n")[0] + '\n{"input_ids": [1, 2]}\n')
-    elif kind == "strange id":
-        row = {"input_ids": [1, 99999], "labels": [-100, 3]}
-        (adapter.parent / "held_out.jsonl").write_text(json.dumps(row))
 
 
 @pytest.mark.parametrize(
@@ -195,14 +192,12 @@ def broken(kind: str, adapter: Path, output: Path) -> None:
     [
         ("lora_bias", {"lora_bias": True, "targets": ["o_proj"]}, "the base layer has no bias"),
         ("tied", {"targets": ["embed_tokens", "q_proj"]}, "are part of the adapter"),
-        ("NaN", {}, "its loss is no number"),
+        ("NaN", {}, "not what was trained: mean KL"),
         ("cut", {}, "Error while deserializing header"),
-        ("other kind", {}, "no LoRA adapter there, but IA3"),
-        ("missing", {}, "no LoRA adapter there, but no adapter_config.json"),
+        ("other kind", {}, "Found missing adapter keys"),
+        ("missing", {}, "Can't find 'adapter_config.json'"),
         ("taken", {}, "exists and is no merged model"),
         ("base gone", {}, "no/body"),
-        ("row", {}, "held_out.jsonl:2: no ids and labels: 'labels'"),
-        ("strange id", {}, "held_out.jsonl:1: no ids and labels"),
         ("wrong sum", {}, "not what was trained: mean KL"),
     ],
 )
@@ -227,19 +222,9 @@ def shrink(layer) -> None:
         layer.down_proj.weight.data *= 0.8
 
 
-def test_an_earlier_merge_is_kept_until_the_new_one_is_there(make, tmp_path, monkeypatch):
-    adapter, output, right = make(), tmp_path / "merged", Path.rename
-    merge(adapter, output, dtype="float32")
-
-    def stopped(path: Path, place: Path) -> None:
-        right(path, place)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "rename", stopped)
-        merge(adapter, output, dtype="float16")
-    assert not output.exists() and (tmp_path / "merged.replaced" / "model.safetensors").is_file()
-    assert merge(adapter, output, dtype="bfloat16")["dtype"] == "bfloat16"
+def test_a_merge_takes_the_place_of_an_earlier_one(make, tmp_path):
+    merge(make(), tmp_path / "merged", dtype="float32")
+    assert merge(make(), tmp_path / "merged", dtype="bfloat16")["dtype"] == "bfloat16"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "run"]
 
 
@@ -265,11 +250,11 @@ def test_ollama_is_told_the_chat_template(name):
     assert written == rendered.removeprefix("<s>") and f'PARAMETER stop "{end}"' in text
 
 
-def test_quotes_that_would_end_the_system_prompt_are_no_modelfile(capsys):
+def test_quotes_that_would_end_the_system_prompt_are_no_modelfile():
     tokenizer = build_tokenizer()
     load_script("qwen_finetuning").set_defaults(tokenizer, 'Write """docstrings""".')
-    assert load_script("merge_model").modelfile(tokenizer, ["<|im_end|>"]) == ""
-    assert "no Modelfile: Ollama can not be told" in capsys.readouterr().out
+    text = load_script("merge_model").modelfile(tokenizer, ["<|im_end|>"])
+    assert text.startswith("# Ollama can not be told") and "FROM" not in text
 
 
 OLDER = """

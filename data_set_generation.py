@@ -236,8 +236,7 @@ def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
                 rows = ("more cells than the header has" if None in row else row for row in rows)
             elif name.endswith(".json") and file.read(1000).lstrip().startswith("["):
                 rows = from_json(path.read_text(**text))
-                if isinstance(rows, str):
-                    raise ValueError(f"{source}: {rows}")
+                rows = [rows] if isinstance(rows, str) else rows  # broken: one row that says so
             else:
                 file.seek(0)
                 where, rows = f"{source}:", (from_json(line) if line.strip() else ... for line in file)
@@ -264,8 +263,7 @@ def from_json(text: str):
 
     def each_key_once(pairs: list[tuple[str, object]]) -> dict | str:
         names = [name for name, _ in pairs]
-        twice = [name for name in names if names.count(name) > 1]
-        return f"the key {twice[0]!r} stands twice in one object" if twice else dict(pairs)
+        return dict(pairs) if len(set(names)) == len(names) else f"a key stands twice in one object: {names}"
 
     try:
         return json.loads(text, object_pairs_hook=each_key_once)

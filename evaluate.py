@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -215,10 +216,10 @@ def row_of(line: dict) -> dict:
 def load_model(name: str):
     """(model, tokenizer) of an adapter folder, a model folder or a hub id. An adapter comes on its base, in 4
     bits where the training had it so: it learnt to correct those weights."""
+    logging.disable(logging.WARNING)  # the libraries' notes; errors still show
     import torch
     import transformers
 
-    transformers.logging.set_verbosity_error()
     cpu, cuda = torch.cpu.get_capabilities(), torch.cuda.is_available()
     bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16

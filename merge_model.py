@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import shutil
 import sys
 import warnings
@@ -27,10 +28,7 @@ LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-2}  # of the mean KL 
 ROWS = 32  # held-out rows to measure by; all candidates meet the same
 NEAR = 0.02  # nats per token: losses that differ by less count as the same
 ROOM = 65504 / 4  # a quarter of float16's range: other texts reach higher than the held-out rows
-CARD = """---
-base_model: {base}
----
-Merged from an adapter of held-out loss {loss}: {base_weights} weights, {dtype}. The base's licence applies.
+CARD = """{base} with an adapter merged into it ({base_weights} weights, {dtype}).
 
     vllm serve . --served-model-name my-model
     python llama.cpp/convert_hf_to_gguf.py . --outfile model.gguf && llama-server -m model.gguf --jinja
@@ -66,12 +64,12 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 def main(config: Config) -> None:
+    logging.disable(logging.WARNING)  # the libraries' notes; errors still show
     import torch
     from peft import PeftConfig
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # but where PEFT would go on, with half an adapter or a wrong sum:
     warnings.filterwarnings("error", message="Found missing adapter keys|Model with `tie_word_embeddings=")
     adapter, output, partial = Path(config.adapter), Path(config.output), Path(f"{config.output}.partial")
@@ -204,26 +202,26 @@ def write_folder(folder: Path, adapter: Path, record: dict, model, tokenizer) ->
     words["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "tokenizer_config.json").write_text(json.dumps(words, indent=2))
-    card = {"base": model.name_or_path, "loss": record.get("losses", {}).get("after", "not measured")}
-    (folder / "README.md").write_text(CARD.format(**card, **record["merged"]), encoding="utf-8")
+    (folder / "README.md").write_text(CARD.format(base=model.name_or_path, **record["merged"]), "utf-8")
     ends = read_json(folder / "generation_config.json").get("eos_token_id", tokenizer.eos_token_id)
     stops = tokenizer.convert_ids_to_tokens(ends if isinstance(ends, list) else [ends])
     (folder / "Modelfile").write_text(modelfile(tokenizer, stops), encoding="utf-8")
 
 
 def modelfile(tokenizer, stops: list[str]) -> str:
-    """Ollama's file, its template read off a rendered conversation less BOS; a comment if it can not be."""
+    """Ollama's file, its template read off a rendered conversation; a comment where that can not be."""
     system, user, assistant = "{{ .System }}", "{{ .Prompt }}", "{{ .Response }}"
     turns = [("system", system), ("user", user), ("assistant", assistant), ("user", user)]
     chat, bos = [{"role": role, "content": text} for role, text in turns], tokenizer.bos_token or ""
     try:
         texts = tokenizer.apply_chat_template([chat, chat[1:2]], tokenize=False)
-        (first, turn, _), (start, _) = (text.removeprefix(bos).split(user) for text in texts)
+        (first, turn, _), (start, _) = (text.split(user) for text in texts)
         before, behind = first.split(system)
         [stop] = [stop for stop in stops if assistant + stop in turn and '"""' not in start]
     except Exception:  # a template may raise anything
         return "# Ollama can not be told what this chat template or system prompt writes\n"
     ask = turn.partition(assistant + stop)[2].lstrip()
+    first = first if ask.startswith(bos) else first.removeprefix(bos)  # which Ollama writes
     told = start.removeprefix(before).removesuffix(behind) if start.startswith(before) else ""
     turn = "{{ if .System }}" + first + "{{ else }}" + ask + "{{ end }}{{ .Prompt }}" + turn.removesuffix(ask)
     lines = ["FROM ./model.gguf", f'TEMPLATE """{turn}"""', f'SYSTEM """{told}"""']

@@ -234,7 +234,7 @@ def test_ollama_is_told_the_chat_template(name):
 
     template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
     tokenizer = build_tokenizer(template)
-    tokenizer.bos_token = "<s>"
+    tokenizer.bos_token = "<|im_start|>" if name == "qwen2_5" else "<s>"  # SmolLM2's is part of a turn
     load_script("qwen_finetuning").set_defaults(tokenizer, "")  # after which Gemma 2 takes a system message
     ends = {"llama3": "<|eot_id|>", "phi3": "<|end|>", "qwen2_5": "<|im_end|>"}
     end = ends.get(name, "<end_of_turn>")

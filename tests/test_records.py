@@ -110,7 +110,9 @@ REFUSED = {
     "image_url": {"messages": [turn("user", [{"type": "image_url", "image_url": "x"}]), PAIR[1]]},
     "weight 0.5": {"messages": [PAIR[0], turn("assistant", "a", weight=0.5)]},
     "role 'critic' or weight None is none of": {"messages": [PAIR[0], turn("critic", "a")]},
-    "no JSON object: the key 'output' stands twice": training.from_json('{"output": "a", "output": "b"}'),
+    "no JSON object: a key stands twice in one object: .'output'": training.from_json(
+        '{"output": "a", "output": "b"}'
+    ),
     "messages holds no objects: .*stands twice": {
         "messages": training.from_json('[{"role": "user", "role": "x"}]')
     },

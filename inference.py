@@ -114,8 +114,6 @@ def load_model(name: str):
 
 def prompt_of(record: dict, config: Config, tokenizer) -> list[int]:
     """Token ids of a question that waits for its answer; control tokens that a person typed stay text."""
-    from jinja2 import TemplateError
-
     question = "\n补充信息：".join(record[key] for key in ("instruction", "input") if record.get(key))
     messages = list(record.get("messages") or [{"role": "user", "content": question}])
     while messages and messages[-1]["role"] == "assistant":  # a training record brings its answer along
@@ -133,19 +131,16 @@ def prompt_of(record: dict, config: Config, tokenizer) -> list[int]:
         options["enable_thinking"] = config.thinking == "on"
     try:
         return tokenizer.apply_chat_template(messages, tools=record.get("tools") or None, **options)
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template may raise anything
         raise ValueError(f"the chat template refuses it: {error}") from None
 
 
 def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, streamer=None) -> list[tuple]:
-    """(text, number of tokens, how it ended) of the answer to each prompt, the same in every batch."""
+    """(text, number of tokens, how it ended) of the answer to each prompt, longest first; as if alone."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    longest = max(map(len, prompts))
-    room = min(config.max_new_tokens, positions - longest)
+    room = min(config.max_new_tokens, positions - len(prompts[0]))
     if room < 1:
-        raise ValueError(
-            f"a question of {longest} tokens leaves no room for an answer: of {positions} positions"
-        )
+        raise ValueError(f"{len(prompts[0])} tokens leave no room for an answer in {positions} positions")
     if len(prompts) > 1 and room < config.max_new_tokens:  # a long one must not take the others' room
         return [answers_to([prompt], config, model, tokenizer)[0] for prompt in prompts]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -129,7 +129,7 @@ def test_stdin_terminals_and_mistakes(tmp_path, tiny_adapter, ask, monkeypatch):
         (tmp_path / "nowhere", (), "^error: [^\n]*nowhere[^\n]*$"),
         (tiny_adapter, ("--thinking", "off"), "--thinking: the chat template has no enable_thinking"),
         (tiny_adapter, ("--instruction", ""), "there is no question"),
-        (tiny_adapter, ("--input", "x" * 3000), "tokens leaves no room for an answer: of 1024 positions"),
+        (tiny_adapter, ("--input", "x" * 3000), "tokens leave no room for an answer in 1024 positions"),
     ):
         with pytest.raises(SystemExit, match=words):
             ask(model, *flags)

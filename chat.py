@@ -8,18 +8,16 @@ Writes  the answers to stdout; with /save FILE.jsonl the conversation, as a line
 
 By default no three tokens come twice in an answer, and what it has said becomes less likely (penalty 1.3):
 small models go in circles less, but lists, tables, code and JSON are spoilt; for those take the second line.
-/compare asks the base model the last question, /system TEXT sets another system message (alone: training's).
+/compare asks the base model the last question, /system TEXT sets a system message (alone: the training's).
 Lines that are pasted, or stand between two lines of \"\"\", are one message and no command.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import logging
 import os
 import re
 import sys
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -49,19 +47,18 @@ class Config:
 # Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py
 def parse_args(argv: list[str] | None = None) -> Config:
     """Settings from the command line; an unknown or shortened flag is an error (exit 2)."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    cli = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
-        yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
-        options = yes_no if type(f.default) is bool else {"type": type(f.default)}
-        parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
-    return Config(**vars(parser.parse_args(argv)))
+        options = {"action": BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default)}
+        cli.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
+    return Config(**vars(cli.parse_args(argv)))
 
 
 def main(config: Config) -> None:
-    import torch
     from jinja2 import TemplateError
 
+    if sys.stdin is None:
+        raise ValueError("stdin is closed: there is nothing to answer")
     sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end a conversation
     with suppress(ImportError):  # Windows has none
         import readline
@@ -81,11 +78,11 @@ def main(config: Config) -> None:
                 print("[done]", file=sys.stderr)
             elif line:
                 talk.ask(line)
-        except EOFError:
+        except (EOFError, BrokenPipeError):  # nobody asks any more, or reads the answers
             return
         except KeyboardInterrupt:  # at the prompt
             print()
-        except (OSError, ValueError, TemplateError, torch.OutOfMemoryError) as error:
+        except (OSError, ValueError, TemplateError, RuntimeError) as error:  # also out of memory
             print(f"[{error}]", file=sys.stderr)
 
 
@@ -93,10 +90,11 @@ def main(config: Config) -> None:
 def load_model(name: str):
     """(model, tokenizer) of an adapter folder, a model folder or a hub id. An adapter comes on its base, in 4
     bits where the training had it so: it learnt to correct those weights."""
-    logging.disable(logging.WARNING)  # the libraries' notes; errors still show
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its notes come with its import
     import torch
     import transformers
 
+    transformers.logging.set_verbosity_error()
     cpu, cuda = torch.cpu.get_capabilities(), torch.cuda.is_available()
     bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16
@@ -143,18 +141,21 @@ class Talk:
                     if hasattr(module, "_disable_adapters"):
                         module.enable_adapters(True)
         elif command == "/save" and text.endswith(".jsonl") and self.turns:
-            with open(os.path.expanduser(text), "a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": self.system + self.turns}, ensure_ascii=False) + "\n")
+            path = Path(text).expanduser()
+            gap = "\n" * (path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"))  # a line left open
+            with open(path, "a", encoding="utf-8") as file:
+                row = json.dumps({"messages": self.system + self.turns}, ensure_ascii=False)
+                file.write(f"{gap}{row}\n")
         else:
             raise ValueError(HELP if command == "/help" else f"{command} {text} can not be done now. {HELP}")
 
     def ask(self, text: str) -> None:
         """Stream an answer; both join the conversation. One that was cut has weight 0: it is not learnt."""
         question = {"role": "user", "content": text}
-        text, cut = self.generate(question)
-        if not text:
+        answer, cut = self.generate(question)
+        if not answer:
             raise ValueError("no answer; the question is forgotten")
-        self.turns += [question, {"role": "assistant", "content": text} | ({"weight": 0} if cut else {})]
+        self.turns += [question, {"role": "assistant", "content": answer} | ({"weight": 0} if cut else {})]
 
     def generate(self, question: dict) -> tuple[str, str]:
         """(the answer, streamed; how it was cut, or ""). What the cache holds is not read again."""

@@ -13,7 +13,6 @@ What one share lacks, the others give by their ratios. SlimOrca's system texts s
 answers were written to them ("think step by step"); --system drop teaches to answer so without being told.
 """
 
-import argparse
 import csv
 import gzip
 import hashlib
@@ -22,6 +21,7 @@ import os
 import random
 import re
 import sys
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -97,13 +97,11 @@ class Config:
 # Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py
 def parse_args(argv: list[str] | None = None) -> Config:
     """Settings from the command line; an unknown or shortened flag is an error (exit 2)."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    cli = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
-        yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
-        options = yes_no if type(f.default) is bool else {"type": type(f.default)}
-        parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
-    return Config(**vars(parser.parse_args(argv)))
+        options = {"action": BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default)}
+        cli.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
+    return Config(**vars(cli.parse_args(argv)))
 
 
 def main(config: Config) -> None:
@@ -260,13 +258,10 @@ def without_nulls(value):
 # Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
 def from_json(text: str):
     """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
-
-    def each_key_once(pairs: list[tuple[str, object]]) -> dict | str:
-        names = [name for name, _ in pairs]
-        return dict(pairs) if len(set(names)) == len(names) else f"a key stands twice in one object: {names}"
-
+    twice = "a key stands twice in one object: {}"
+    once = lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else twice.format([*dict(pairs)])
     try:
-        return json.loads(text, object_pairs_hook=each_key_once)
+        return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
 

@@ -3,7 +3,7 @@
     python evaluate.py --rouge --bleu --compare_base
     python evaluate.py --model models/merged --dataset_path test.jsonl --eval_ratio 1
 
-Reads   --model, whose finetune_config.json names the held-out rows; or --dataset_path, less trained rows
+Reads   --model, whose finetune_config.json names the held-out rows; or --dataset_path without trained rows
 Writes  evaluation_results/metrics.json       {"eval_loss": 0.445, "perplexity": 1.56, "stop_rate": 1.0, ...}
         evaluation_results/predictions.jsonl  {"prompt": "解释LoRA", "prediction": "…", "score": 0.57, ...}
         evaluation_results/report.html        the same to read by eye, lowest score first
@@ -12,9 +12,6 @@ The loss is teacher-forced: on stored rows over the tokens that training supervi
 answer. Free, greedy answers stand in for a conversation's last one; <think>…</think> is kept and not scored.
 """
 
-from __future__ import annotations
-
-import argparse
 import hashlib
 import json
 import logging
@@ -23,6 +20,7 @@ import os
 import re
 import sys
 import unicodedata
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 from difflib import SequenceMatcher
 from functools import partial
@@ -80,13 +78,11 @@ class Config:
 # Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py
 def parse_args(argv: list[str] | None = None) -> Config:
     """Settings from the command line; an unknown or shortened flag is an error (exit 2)."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    cli = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
-        yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
-        options = yes_no if type(f.default) is bool else {"type": type(f.default)}
-        parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
-    return Config(**vars(parser.parse_args(argv)))
+        options = {"action": BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default)}
+        cli.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
+    return Config(**vars(cli.parse_args(argv)))
 
 
 def main(config: Config) -> None:
@@ -133,7 +129,7 @@ def rows_to_judge(config: Config) -> tuple[list[dict], dict]:
     run = json.loads(record.read_bytes()) if record.is_file() else {}
     trained = run.get("dataset", {}).get("path", "")
     source = config.dataset_path or trained
-    own = Path(source).resolve() == Path(trained).resolve()
+    own = Path(source).resolve() == Path(trained).resolve()  # the file that was trained on
     stored, listed = (Path(run.get(name, "-")) for name in ("held_out", "trained_on"))
     if own and stored.is_file():
         rows = chosen = read_rows(str(stored), config.skip_bad_rows)
@@ -195,13 +191,11 @@ def row_of(line: dict) -> dict:
         raise ValueError(f"{', '.join(unread)}: this is not read here")
     messages, answered = [], 0
     for turn in turns:
-        message = {"role": SPEAKERS.get(turn.get("role") or turn.get("from"))}
-        message["content"] = turn.get("content") or turn.get("value") or ""
-        messages.append(message := message | {key: turn[key] for key in KEPT if turn.get(key)})
-        if message["role"] == "assistant" and turn.get("weight") == 0:
-            message["weight"] = 0
-        elif message["role"] == "assistant":
-            answered = len(messages)
+        role = SPEAKERS.get(turn.get("role") or turn.get("from"))
+        message = {"role": role, "content": turn.get("content") or turn.get("value") or ""}
+        unlearnt = {"weight": 0} if role == "assistant" and turn.get("weight") == 0 else {}
+        messages.append(message | {key: turn[key] for key in KEPT if turn.get(key)} | unlearnt)
+        answered = len(messages) if role == "assistant" and not unlearnt else answered
     said = [m["role"] == "tool" or m["role"] and (m["content"] or m.get("tool_calls")) for m in messages]
     texts = all(isinstance(m["content"], str) for m in messages)  # parts have another digest in training
     if not answered or not all(said) or not texts:
@@ -216,10 +210,11 @@ def row_of(line: dict) -> dict:
 def load_model(name: str):
     """(model, tokenizer) of an adapter folder, a model folder or a hub id. An adapter comes on its base, in 4
     bits where the training had it so: it learnt to correct those weights."""
-    logging.disable(logging.WARNING)  # the libraries' notes; errors still show
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its notes come with its import
     import torch
     import transformers
 
+    transformers.logging.set_verbosity_error()
     cpu, cuda = torch.cpu.get_capabilities(), torch.cuda.is_available()
     bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16

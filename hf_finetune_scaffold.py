@@ -8,11 +8,11 @@ Writes  to --output the model with its tokenizer, checkpoint-*, trainer_state.js
         lora_rank_error.json: {"ranks": [1, ...], "projections": {"self_attn.q_proj": {"median": [0.9, ...]}}}
 """
 
-import argparse
 import json
 import math
 import re
 import sys
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
@@ -61,14 +61,12 @@ class CliConfig:
 
 def parse_args(argv: list[str] | None = None) -> CliConfig:
     """Settings from the command line; six flags have a short form, an unknown one is an error (exit 2)."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    cli = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     for f, short in zip_longest(fields(CliConfig), SHORT_FLAGS):
-        yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
-        options = yes_no if type(f.default) is bool else {"type": type(f.default)}
+        options = {"action": BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default)}
         names = [f"--{name}" for name in (f.name, short) if name]
-        parser.add_argument(*names, default=f.default, **(options | f.metadata))
-    return CliConfig(**vars(parser.parse_args(argv)))
+        cli.add_argument(*names, default=f.default, **(options | f.metadata))
+    return CliConfig(**vars(cli.parse_args(argv)))
 
 
 def main() -> None:

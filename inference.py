@@ -8,21 +8,19 @@
 Reads   --model: the adapter folder that qwen_finetuning.py writes, a merged folder, or a hub id
         --input_file: a question a line, {"instruction": "什么是LoRA？"} or {"messages": [...]}
 Writes  the answer to stdout; to stderr how long it took and why it ended
-        --output_file: the same lines in the same order, each with its "answer"; a killed run goes on
+        --output_file: the same lines in the same order, each with "answer" and "ended"; a killed run goes on
 
 The folder brings all that an answer depends on: the chat template with the training's system prompt, the
 tokens that end an answer, and whether the base was in 4 bits. For a conversation there is chat.py.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import logging
 import os
 import re
 import sys
 import time
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -56,13 +54,11 @@ class Config:
 # Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py
 def parse_args(argv: list[str] | None = None) -> Config:
     """Settings from the command line; an unknown or shortened flag is an error (exit 2)."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    cli = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
-        yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
-        options = yes_no if type(f.default) is bool else {"type": type(f.default)}
-        parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
-    return Config(**vars(parser.parse_args(argv)))
+        options = {"action": BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default)}
+        cli.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
+    return Config(**vars(cli.parse_args(argv)))
 
 
 def main(config: Config) -> None:
@@ -87,10 +83,11 @@ def main(config: Config) -> None:
 def load_model(name: str):
     """(model, tokenizer) of an adapter folder, a model folder or a hub id. An adapter comes on its base, in 4
     bits where the training had it so: it learnt to correct those weights."""
-    logging.disable(logging.WARNING)  # the libraries' notes; errors still show
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its notes come with its import
     import torch
     import transformers
 
+    transformers.logging.set_verbosity_error()
     cpu, cuda = torch.cpu.get_capabilities(), torch.cuda.is_available()
     bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16
@@ -136,18 +133,19 @@ def prompt_of(record: dict, config: Config, tokenizer) -> list[int]:
 
 
 def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, streamer=None) -> list[tuple]:
-    """(text, number of tokens, how it ended) of the answer to each prompt, longest first; as if alone."""
+    """(text, number of tokens, how it ended) of each answer; greedy ones are as if asked alone."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    room = min(config.max_new_tokens, positions - len(prompts[0]))
+    longest = max(map(len, prompts))
+    room = min(config.max_new_tokens, positions - longest)
     if room < 1:
-        raise ValueError(f"{len(prompts[0])} tokens leave no room for an answer in {positions} positions")
+        raise ValueError(f"{longest} tokens leave no room for an answer in {positions} positions")
     if len(prompts) > 1 and room < config.max_new_tokens:  # a long one must not take the others' room
         return [answers_to([prompt], config, model, tokenizer)[0] for prompt in prompts]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-    options = {"top_k": 0, "repetition_penalty": 1.0}  # whatever the model's own settings say
-    options |= {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
-    options |= {"do_sample": config.temperature > 0, "max_new_tokens": room, "use_cache": True}
+    # whatever the model's own settings say
+    options = {"top_k": 0, "repetition_penalty": 1.0, "use_cache": True, "max_new_tokens": room}
+    options |= {"do_sample": config.temperature > 0, "temperature": config.temperature, "top_p": config.top_p}
     output = model.generate(**batch, **options, streamer=streamer)[:, batch["input_ids"].shape[1] :].tolist()
     stop = model.generation_config.eos_token_id
     ends = stop if isinstance(stop, list) else [stop]

@@ -1,7 +1,7 @@
 """Merge an adapter into its base model, and prove that the result still does what was trained.
 
-    python merge_model.py --adapter outputs/checkpoint-final --output models/merged
     python merge_model.py --adapter outputs/demo/checkpoint-final --output models/demo-merged
+    python merge_model.py --base_weights dequantized --dtype float32        # nothing rounded; twice the size
 
 Reads   the adapter with its finetune_config.json, its base model, the rows that the training held out
 Writes  models/merged/: model, tokenizer, finetune_config.json with what was measured, model card, Modelfile
@@ -10,15 +10,13 @@ An adapter trained on 4-bit weights learnt to correct *those*; the original ones
 is nearer to what was trained is measured. All runs on the CPU, in twice the size of the 16-bit model.
 """
 
-from __future__ import annotations
-
-import argparse
 import gc
 import json
 import logging
 import shutil
 import sys
 import warnings
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -28,7 +26,7 @@ LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-2}  # of the mean KL 
 ROWS = 32  # held-out rows to measure by; all candidates meet the same
 NEAR = 0.02  # nats per token: losses that differ by less count as the same
 ROOM = 65504 / 4  # a quarter of float16's range: other texts reach higher than the held-out rows
-CARD = """{base} with an adapter merged into it ({base_weights} weights, {dtype}).
+CARD = """An adapter merged into {base} ({base_weights} weights, {dtype}), whose licence applies.
 
     vllm serve . --served-model-name my-model
     python llama.cpp/convert_hf_to_gguf.py . --outfile model.gguf && llama-server -m model.gguf --jinja
@@ -47,24 +45,22 @@ def setting(default, help: str, **options):
 class Config:
     adapter: str = setting("outputs/checkpoint-final", "adapter folder to merge")
     output: str = setting("models/merged", "folder of the merged model")
-    base_weights: str = setting("auto", "under the adapter", choices=("auto", "original", "dequantized"))
-    dtype: str = setting("auto", "type of the stored weights", choices=("auto", *LIMITS))
+    base_weights: str = setting("auto", "to merge into", choices=("auto", "original", "dequantized"))
+    dtype: str = setting("auto", "stored weights; auto measures", choices=("auto", *LIMITS))
 
 
 # Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py
 def parse_args(argv: list[str] | None = None) -> Config:
     """Settings from the command line; an unknown or shortened flag is an error (exit 2)."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    cli = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
-        yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
-        options = yes_no if type(f.default) is bool else {"type": type(f.default)}
-        parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
-    return Config(**vars(parser.parse_args(argv)))
+        options = {"action": BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default)}
+        cli.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
+    return Config(**vars(cli.parse_args(argv)))
 
 
 def main(config: Config) -> None:
-    logging.disable(logging.WARNING)  # the libraries' notes; errors still show
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its notes come with its import
     import torch
     from peft import PeftConfig
     from safetensors import SafetensorError
@@ -72,8 +68,9 @@ def main(config: Config) -> None:
 
     warnings.simplefilter("ignore")  # but where PEFT would go on, with half an adapter or a wrong sum:
     warnings.filterwarnings("error", message="Found missing adapter keys|Model with `tie_word_embeddings=")
-    adapter, output, partial = Path(config.adapter), Path(config.output), Path(f"{config.output}.partial")
-    peft, record = PeftConfig.from_pretrained(config.adapter), read_json(adapter / "finetune_config.json")
+    adapter, output = Path(config.adapter).absolute(), Path(config.output)  # absolute: no name of the hub
+    new, earlier = (output.with_name(f"{output.name}.{word}") for word in ("partial", "replaced"))
+    peft, record = PeftConfig.from_pretrained(adapter), read_json(adapter / "finetune_config.json")
     if output.exists() and "merged" not in read_json(output / "finetune_config.json"):
         raise ValueError(f"{output} exists and is no merged model of this script; pass another --output")
     try:
@@ -84,22 +81,25 @@ def main(config: Config) -> None:
         expected = log_probs(model.float(), tokenizer)
         model = model.merge_and_unload().to(getattr(torch, dtype))  # each layer's sum was made in float32
         record["merged"] = {"base_weights": base, "dtype": dtype, "measured": table}
-        write_folder(partial, adapter, record, model, tokenizer)
+        write_folder(new, adapter, record, model, tokenizer)
         del model  # before it is read again, as an engine will read it
-        found = log_probs(*(kind.from_pretrained(partial) for kind in (AutoModelForCausalLM, AutoTokenizer)))
+        found = log_probs(*(kind.from_pretrained(new) for kind in (AutoModelForCausalLM, AutoTokenizer)))
         kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
         same = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
         print(f"read again: mean KL {kl:.1e} from the adapter, same top token {same:.3f}")
         if not kl <= LIMITS[dtype]:  # also where it is no number
             raise ValueError(f"not what was trained: mean KL above {LIMITS[dtype]:.0e}; nothing is left")
         record["merged"]["verified"] = {"mean_kl": kl, "same_top_token": same}
-        (partial / "finetune_config.json").write_text(json.dumps(record, indent=2))
-        shutil.rmtree(output, ignore_errors=True)  # an earlier merge
-        partial.rename(output)
-    except (OSError, SafetensorError, RuntimeError, UserWarning) as error:  # in the libraries' words
-        raise ValueError(f"{adapter} on {peft.base_model_name_or_path}: {str(error)[:300]}") from None
+        (new / "finetune_config.json").write_text(json.dumps(record, ensure_ascii=False, indent=2), "utf-8")
+        if output.exists():  # an earlier merge; it is kept until the new one is in its place
+            output.rename(earlier)
+        new.rename(output)
+        shutil.rmtree(earlier, ignore_errors=True)
+    except (OSError, LookupError, SafetensorError, RuntimeError, UserWarning) as error:  # in their own words
+        words = " ".join(str(error).split())[:300]
+        raise ValueError(f"{adapter} on {peft.base_model_name_or_path}: {words}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
     print(f"merged: {output} ({base} base weights, {dtype}); try python chat.py --model {output}")
 
 
@@ -132,6 +132,8 @@ def choose(config: Config, peft, record: dict) -> tuple[str, str, list[dict]]:
     if config.dtype == "auto" and dtype != "float16" and best["away"] > NEAR and best["largest"] <= ROOM:
         table.append(measure(config.adapter, record, rows, best["base"], "float16", trained))
         best = table[-1] if best["away"] - table[-1]["away"] > NEAR else best
+    if best["away"] > NEAR:
+        print(f"more than {NEAR} nats away: --dtype float32, or other --base_weights, may be nearer")
     return best["base"], best["dtype"], [trained, *table]
 
 
@@ -151,7 +153,7 @@ def measure(adapter: str, record: dict, rows: list[dict], base: str, dtype: str,
             ids, labels = torch.tensor([[row["input_ids"]], [row["labels"]]])
             tokens = (labels[:, 1:] != -100).sum().item()
             total, count = total + model(ids, labels=labels).loss.item() * tokens, count + tokens
-    loss = total / count
+    loss = total / count if total == total else float("inf")  # NaN
     away = abs(loss - trained["loss"]) if trained else 0.0
     print(f"{base:<14}{dtype:<10}{loss:8.4f}{away:8.4f}{max(peaks):20.0f}", flush=True)
     return {"base": base, "dtype": dtype, "loss": loss, "away": away, "largest": max(peaks)}
@@ -189,17 +191,17 @@ def write_folder(folder: Path, adapter: Path, record: dict, model, tokenizer) ->
     if (adapter / "generation_config.json").is_file():  # with the tokens that end an answer
         shutil.copy(adapter / "generation_config.json", folder)
     config, words = read_json(folder / "config.json"), read_json(folder / "tokenizer_config.json")
-    for part in (config, config.get("text_config", {})):  # without RoPE in these places: 10,000, in silence
+    for part in (config, config.get("text_config", {})):  # where it finds no RoPE it takes 10,000
         rope = part.get("rope_parameters") or {}
-        local, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)  # Gemma 3 has two
+        rope = rope.get("full_attention", rope)  # Gemma 3 has two; of the other, 10,000 is right
         part |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-        part |= {"rope_local_base_freq": local["rope_theta"]} if local else {}
         part |= {"torch_dtype": part["dtype"]} if "dtype" in part else {}
         if (kind := rope.get("rope_type", "default")) != "default":  # Phi-3's reader takes two factors alone
             keys = ("short_factor", "long_factor") if kind == "longrope" else set(rope) - {"rope_theta"}
             part["rope_scaling"] = {"type": kind} | {key: rope[key] for key in keys}
     words["additional_special_tokens"] = words.pop("extra_special_tokens", [])
-    words["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # transformers 4 would add token_type_ids, which generate() refuses
+    words |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "tokenizer_config.json").write_text(json.dumps(words, indent=2))
     (folder / "README.md").write_text(CARD.format(base=model.name_or_path, **record["merged"]), "utf-8")
@@ -213,7 +215,7 @@ def modelfile(tokenizer, stops: list[str]) -> str:
     system, user, assistant = "{{ .System }}", "{{ .Prompt }}", "{{ .Response }}"
     turns = [("system", system), ("user", user), ("assistant", assistant), ("user", user)]
     chat, bos = [{"role": role, "content": text} for role, text in turns], tokenizer.bos_token or ""
-    try:
+    try:  # first: all before a question; turn: from one to the next; start: first, without a system message
         texts = tokenizer.apply_chat_template([chat, chat[1:2]], tokenize=False)
         (first, turn, _), (start, _) = (text.split(user) for text in texts)
         before, behind = first.split(system)
@@ -233,6 +235,6 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except (OSError, ValueError) as error:  # a person's mistake or a file's; a bug keeps its traceback
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

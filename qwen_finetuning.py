@@ -19,9 +19,6 @@ template makes them token ids, and `encode` labels what the assistant says and t
 nothing else carries loss. It trains adapters on a frozen base: no full fine-tuning (hf_finetune_scaffold.py).
 """
 
-from __future__ import annotations
-
-import argparse
 import csv
 import gzip
 import hashlib
@@ -36,9 +33,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import unicodedata
 import warnings
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -177,16 +174,14 @@ class FinetuneConfig:
 
 def parse_args(argv: list[str] | None = None) -> FinetuneConfig:
     """Settings from the defaults, then the YAML file, then the command line; an unknown one is an error."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    cli = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(FinetuneConfig):
-        yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
-        options = yes_no if type(f.default) is bool else {"type": type(f.default)}
-        parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
+        options = {"action": BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default)}
+        cli.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
     argv = sys.argv[1:] if argv is None else argv
-    given, _ = parser.parse_known_args(argv)
+    given, _ = cli.parse_known_args(argv)
     file = given.config or given.demo and str(Path(__file__).with_name("configs") / "demo.yaml")
-    return FinetuneConfig(**vars(parser.parse_args((yaml_flags(file) if file else []) + argv)))
+    return FinetuneConfig(**vars(cli.parse_args((yaml_flags(file) if file else []) + argv)))
 
 
 def yaml_flags(file: str) -> list[str]:
@@ -222,7 +217,6 @@ def yaml_flags(file: str) -> list[str]:
 
 
 def main(config: FinetuneConfig) -> None:
-    started = time.monotonic()
     quiet_libraries()
     check_surroundings(config)
     if config.demo and not DEMO_MODEL.is_dir():
@@ -242,28 +236,27 @@ def main(config: FinetuneConfig) -> None:
     trainer = build_trainer(config, args, model, tokenizer, data, plan, record)
     before = token_loss(trainer)
     signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "terminated", True))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if trainer.stopped:
         trainer.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
         say("terminated; the newest checkpoint is whole, and --resume goes on from it")
         sys.exit(128 + signal.SIGTERM)
+    cast_adapter(trainer.model)  # the best checkpoint was loaded as float32
     record["losses"] = {"before": before, "after": token_loss(trainer)}
     save_result(config, trainer)
     if RANK == 0:
-        show_result(config, trainer, time.monotonic() - started)
+        show_result(config, trainer, outcome.metrics["train_runtime"])
 
 
 def quiet_libraries() -> None:
     """Their notes would stand between a person and the lines that matter; errors and downloads still show."""
-    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_VERBOSITY": "error"}  # TRL reports each run
+    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1"}  # TRL reports each run
+    os.environ |= {"HF_HUB_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|bitsandbytes|accelerate)")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
     if RANK != 0:
-        transformers.logging.disable_progress_bar()
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def say(text: str) -> None:
@@ -321,8 +314,6 @@ def set_defaults(tokenizer, system_prompt: str, thinking: str = "auto") -> None:
     """Write system prompt and thinking switch into the chat template, where every engine finds them.
     Where a template takes no system message (Gemma), the text goes before the first user's.
     """
-    from jinja2 import TemplateError
-
     template, prefix = tokenizer.get_chat_template(), ""  # of several by name, the default
     if any(token in system_prompt for token in tokenizer.all_special_tokens):
         raise ValueError("--system_prompt holds a control token of this model's tokenizer")
@@ -337,7 +328,7 @@ def set_defaults(tokenizer, system_prompt: str, thinking: str = "auto") -> None:
     probe = [{"role": "system", "content": "its text"}, {"role": "user", "content": "Hi"}]
     try:
         accepted = "its text" in tokenizer.apply_chat_template(probe, tokenize=False)
-    except TemplateError:
+    except Exception:  # whatever a template raises, it means no
         accepted = False
     if not accepted:
         say("this chat template takes no system message: its text goes before the first user's")
@@ -376,7 +367,7 @@ def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
     data["sha256"] = hashlib.sha256("\n".join(rows).encode()).hexdigest()
     data["digests"] = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in sides["train"]["text"]]
     for part, side in sides.items():
-        for row in tqdm(side, desc=f"encoding {part} rows", leave=False, disable=None):
+        for row in tqdm(side, desc=f"encoding {part} rows", leave=False, disable=RANK != 0 or None):
             messages, tools = json.loads(row["text"])
             try:
                 examples, counts = encode(messages, tokenizer, tools, config.train_on)
@@ -402,8 +393,7 @@ def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
 def stop_for(faults: list[str], go_on: bool) -> None:
     """Name the first ten faults: as a ValueError or, if the person said to go on, as a note."""
     if faults:
-        more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
-        words = "\n  ".join([f"{len(faults)} rows can not be used", *faults[:10], *more])
+        words = "\n  ".join([f"{len(faults)} rows can not be used, the first of them:", *faults[:10]])
         if not go_on:
             raise ValueError(f"{words}\nmend them, or pass --skip_bad_rows")
         say(words)
@@ -457,13 +447,10 @@ def without_nulls(value):
 # Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
 def from_json(text: str):
     """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
-
-    def each_key_once(pairs: list[tuple[str, object]]) -> dict | str:
-        names = [name for name, _ in pairs]
-        return dict(pairs) if len(set(names)) == len(names) else f"a key stands twice in one object: {names}"
-
+    twice = "a key stands twice in one object: {}"
+    once = lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else twice.format([*dict(pairs)])
     try:
-        return json.loads(text, object_pairs_hook=each_key_once)
+        return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
 
@@ -557,8 +544,6 @@ def encode(messages: list[dict], tokenizer, tools: list[dict] = (), train_on: st
     turn, has its ids as labels; all else is -100. Turns share an example as long as each begins with the one
     before; a template that drops earlier thoughts gets an example for each. ValueError for a turn it refuses.
     """
-    from jinja2 import TemplateError
-
     options = {"tools": list(tools) or None, "sanitize_control_tokens": True, "return_dict": False}
     chat = partial(tokenizer.apply_chat_template, **options)
     # ids that a chat template alone writes: they stand within nothing that is said
@@ -573,11 +558,11 @@ def encode(messages: list[dict], tokenizer, tools: list[dict] = (), train_on: st
     for turn in wanted:
         try:
             prompt, ids = chat(messages[:turn], add_generation_prompt=True), chat(messages[: turn + 1])
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template may raise anything
             raise ValueError(f"the chat template refuses it: {error}") from None
         start = len(os.path.commonprefix([prompt, ids]))
-        ids, stop, end = close_turn(ids, start, special, tokenizer)
-        counts += check_written(messages[turn], tokenizer.decode(ids[start:stop]))
+        ids, end = close_turn(ids, start, special, tokenizer)
+        counts += check_written(messages[turn], tokenizer.decode(ids[start:end]))
         counts += Counter(turns_with_loss=1, prompts_otherwise=int(start < len(prompt)))
         labels = [-100] * start + ids[start:end] + [-100] * (len(ids) - end)
         if examples and ids[: len(examples[-1]["input_ids"])] == examples[-1]["input_ids"]:
@@ -598,26 +583,22 @@ def thought_apart(message: dict, template: str) -> dict:
     return message | {"reasoning_content": thought, "content": answer.lstrip()}
 
 
-def close_turn(ids: list[int], start: int, special: set[int], tokenizer) -> tuple[list[int], int, int]:
-    """(ids, stop, end): ids[start:stop] is what the assistant says, ids[stop:end] what closes the turn: the
-    run of special tokens behind the last text; EOS is put in where a template writes none."""
+def close_turn(ids: list[int], start: int, special: set[int], tokenizer) -> tuple[list[int], int]:
+    """(ids, end): ids[start:end] is what the assistant says, with the run of special tokens that closes the
+    turn; EOS is put in where a template writes none."""
     stop = len(ids)
     while stop > start and (ids[stop - 1] in special or not tokenizer.decode(ids[stop - 1]).strip()):
         stop -= 1
-    end = next((i for i in range(stop, len(ids)) if ids[i] in special), None)
-    if end is None:
-        return ids[:stop] + [tokenizer.eos_token_id], stop, stop + 1
-    while end < len(ids) and ids[end] in special:
-        end += 1
-    return ids, stop, end
+    closing = [i for i in range(stop, len(ids)) if ids[i] in special]
+    if not closing:
+        return ids[:stop] + [tokenizer.eos_token_id], stop + 1
+    return ids, next(i + 1 for i in closing if i + 1 not in closing)
 
 
 def check_written(message: dict, written: str) -> Counter:
     """Counts of calls and thoughts. ValueError where the template has not `written` the answer or a call."""
-
-    def plain(text: str) -> str:  # white space and the forms of a character may differ
-        return "".join(unicodedata.normalize("NFKC", text).split())
-
+    # white space and the forms of a character may differ
+    plain = lambda text: "".join(unicodedata.normalize("NFKC", text).split())
     thought, _, answer = message["content"].rpartition("</think>")
     thought = plain(message.get("reasoning_content") or thought.rpartition("<think>")[2])
     calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
@@ -714,7 +695,8 @@ def take_over(config: FinetuneConfig) -> None:
     earlier = LoraConfig.from_pretrained(config.adapter)
     if (base := earlier.base_model_name_or_path) != config.model_name:
         raise ValueError(f"{config.adapter} belongs to {base}, which is then the --model_name to pass")
-    own = {"lora_r": earlier.r, "lora_target_modules": sorted(earlier.target_modules)}
+    targets = earlier.target_modules  # a set of names, or one pattern
+    own = {"lora_r": earlier.r, "lora_target_modules": [targets] if type(targets) is str else sorted(targets)}
     own |= {name: getattr(earlier, name) for name in ("lora_alpha", "lora_dropout", "use_dora", "use_rslora")}
     for name, value in own.items():
         if (asked := getattr(config, name)) not in (value, getattr(FinetuneConfig(), name)):
@@ -913,14 +895,13 @@ def attend_by_rows(module, query, key, value, mask, scaling=None, dropout=0.0, c
     Tensors are (1, heads, tokens, width), the result (1, tokens, heads, width)."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if cu_seq_lens_q is None:  # an answer is generated, to one prompt at a time
-        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **options)
-    rows, causal = [], {"is_causal": True, "dropout_p": dropout, "scale": scaling, "enable_gqa": True}
-    for begin, end in pairwise(cu_seq_lens_q.tolist()):
+    # an answer is generated to one prompt at a time, its tokens after the first one by one
+    ends = [0, key.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    rows, same = [], {"is_causal": query.shape[2] > 1, "dropout_p": dropout, "scale": scaling}
+    for begin, end in pairwise(ends):
         q, k, v = (part[:, :, begin:end] for part in (query, key, value))
-        rows.append(scaled_dot_product_attention(q, k, v, **causal))
+        rows.append(scaled_dot_product_attention(q, k, v, **same, enable_gqa=True))
     return torch.cat(rows, dim=2).transpose(1, 2), None
 
 
@@ -956,9 +937,7 @@ def trainer_class() -> type:
 
     class ChatTrainer(SFTTrainer):
         terminated = stopped = False
-
-        def create_model_card(self, *args, **kwargs):
-            """None: it would take the place of a person's own README.md in output_dir."""
+        create_model_card = lambda *_, **__: None  # it would take the place of a person's README.md
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             """Mean of -log p over the supervised tokens. On a CPU TRL's head scores every position: with
@@ -969,10 +948,9 @@ def trainer_class() -> type:
             places = (labels[1:] != -100).nonzero().flatten()
             inputs = {key: value for key, value in inputs.items() if key != "labels"}
             logits = model(**inputs, use_cache=False, logits_to_keep=places).logits[0].float()
-            loss = torch.nn.functional.cross_entropy(logits, labels[places + 1], reduction="sum")
-            if num_items_in_batch is None:
-                return loss / max(len(places), 1)
-            return loss / num_items_in_batch * PROCESSES  # DDP takes the mean of the processes
+            # DDP takes the mean of the processes
+            count = max(len(places), 1) if num_items_in_batch is None else num_items_in_batch / PROCESSES
+            return torch.nn.functional.cross_entropy(logits, labels[places + 1], reduction="sum") / count
 
         def training_step(self, model, inputs, *args):
             """Forward and backward. Raises ValueError, before the optimiser steps, where loss or gradient are
@@ -984,9 +962,8 @@ def trainer_class() -> type:
                 rows = [e["where"] for e in self.examples if e["input_ids"].tobytes() in ids]
                 what = f"loss or gradient of step {self.state.global_step + 1} is not finite"
                 raise ValueError(f"{what}: look at {', '.join(rows)}, or lower --learning_rate and --resume")
-            told = torch.tensor(float(self.terminated), device=loss.device)
-            if PROCESSES > 1:  # the signal may reach them in different steps: they must save the same one
-                torch.distributed.all_reduce(told)
+            # the signal may reach the processes in different steps: they must save the same one
+            told = self.accelerator.reduce(torch.tensor(float(self.terminated), device=loss.device))
             if told.item() and self.accelerator.sync_gradients:  # not between the batches of a step
                 self.stopped = self.control.should_save = self.control.should_training_stop = True
             return loss
@@ -1054,6 +1031,7 @@ def token_loss(trainer) -> float | None:
         tokens = int((batch["labels"] != -100).sum())
         total += float(trainer.prediction_step(model, batch, prediction_loss_only=True)[0]) * tokens
         count += tokens
+    trainer._metrics["eval"].clear()  # TRL's own of these passes would blur those of the first evaluation
     return total / count
 
 

@@ -12,10 +12,10 @@ It trains every weight, in float32. Its texts have no role markers (user, assist
 tuned on its chat template, with loss on the answers alone, stands in qwen_finetuning.py.
 """
 
-import argparse
 import logging
 import os
 import sys
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -82,14 +82,12 @@ class FinetuneConfig:
 
 def parse_args(argv: list[str] | None = None) -> list[FinetuneConfig]:
     """One config for each format to train: both, unless one is asked for by its flag."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    cli = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(FinetuneConfig):
-        yes_no = {"action": argparse.BooleanOptionalAction}  # --flag and --no-flag
-        options = yes_no if type(f.default) is bool else {"type": type(f.default)}
-        parser.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
-    parser.set_defaults(instruction_mode=None)  # so that "unsaid" can be told
-    said = vars(parser.parse_args(argv))
+        options = {"action": BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default)}
+        cli.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
+    cli.set_defaults(instruction_mode=None)  # so that "unsaid" can be told
+    said = vars(cli.parse_args(argv))
     modes = [True, False] if said["instruction_mode"] is None else [said["instruction_mode"]]
     return [FinetuneConfig(**said | {"instruction_mode": mode}) for mode in modes]
 

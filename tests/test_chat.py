@@ -124,7 +124,7 @@ def test_save_marks_what_was_cut_and_writes_no_half_character(talk, loaded, tmp_
     from transformers import ForcedEOSTokenLogitsProcessor as Ending
 
     path, right = tmp_path / "talks.jsonl", loaded[0].generate
-    path.write_text('{"input": "a", "output": "b"}\n', encoding="utf-8")
+    path.write_text('{"input": "a", "output": "b"}', encoding="utf-8")
     talk.ask("你")
     assert "[cut at --max_new_tokens 16]" in capsys.readouterr().err
     with pytest.raises(ValueError, match="can not be done now"):
@@ -164,6 +164,9 @@ def test_lines_from_a_pipe(tiny_adapter, tmp_path, monkeypatch, capsys):
     assert seen == [([], "你好"), (system, "Why?"), (system, "/reset\ntwo")]
     told = capsys.readouterr()
     assert told.out == "" and "[/nonsense  can not be done now." in told.err
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match="stdin is closed"):
+        chat.main(chat.Config())
 
 
 class Terminal:

@@ -24,7 +24,7 @@ def merge(adapter: Path, output: Path, **settings) -> dict:
     """Run merge_model.py in this process; returns what it recorded of the merge."""
     script = load_script("merge_model")
     script.main(script.Config(adapter=str(adapter), output=str(output), **settings))
-    return json.loads((output / "finetune_config.json").read_text(encoding="utf-8"))["merged"]
+    return json.loads(Path(output, "finetune_config.json").read_text(encoding="utf-8"))["merged"]
 
 
 def change(path: Path, **values) -> None:
@@ -185,6 +185,9 @@ def broken(kind: str, adapter: Path, output: Path) -> None:
         output.mkdir()
     elif kind == "base gone":
         change(adapter / "adapter_config.json", base_model_name_or_path="no/body")
+    elif kind == "strange id":
+        row = {"input_ids": [1, 99999], "labels": [-100, 3]}
+        (adapter.parent / "held_out.jsonl").write_text(json.dumps(row))
 
 
 @pytest.mark.parametrize(
@@ -198,6 +201,7 @@ def broken(kind: str, adapter: Path, output: Path) -> None:
         ("missing", {}, "Can't find 'adapter_config.json'"),
         ("taken", {}, "exists and is no merged model"),
         ("base gone", {}, "no/body"),
+        ("strange id", {}, "index out of range"),
         ("wrong sum", {}, "not what was trained: mean KL"),
     ],
 )
@@ -223,8 +227,8 @@ def shrink(layer) -> None:
 
 
 def test_a_merge_takes_the_place_of_an_earlier_one(make, tmp_path):
-    merge(make(), tmp_path / "merged", dtype="float32")
-    assert merge(make(), tmp_path / "merged", dtype="bfloat16")["dtype"] == "bfloat16"
+    for dtype in ("float32", "bfloat16"):  # with a slash, as a shell completes it
+        assert merge(make(), f"{tmp_path}/merged/", dtype=dtype)["dtype"] == dtype
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "run"]
 
 
@@ -263,6 +267,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
 ids = tokenizer.apply_chat_template([{"role": "user", "content": "Who? 你好"}], add_generation_prompt=True)
 logits = model(torch.tensor([ids * 9])).logits
+model.generate(**tokenizer("Who?", return_tensors="pt"), max_new_tokens=2)
 torch.save({"version": transformers.__version__, "ids": ids, "logits": logits}, "seen")
 """
 

@@ -464,9 +464,8 @@ def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
         last = ["\n补充信息：".join(filter(None, parts)), text_of(record, "output", "response", "completion")]
         if not any(last):
             raise ValueError(f"unknown shape with keys {sorted(map(str, record))}")
-        history = either(record, "history") or []
-        for pair in [*history, last] if isinstance(history, list) else [history]:
-            if not isinstance(pair, list) or len(pair) != 2:
+        for pair in [*objects(record, "history", kind=list), last]:
+            if len(pair) != 2:
                 raise ValueError("history is no list of pairs, question and answer")
             turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     if unread := [key for item in (record, *turns) for key in NOT_READ if item.get(key)]:
@@ -527,13 +526,13 @@ def text_of(item: dict, *names: str) -> str:
         raise ValueError(f"{names[0]} is no text, nor a list of text parts: {str(value)[:80]}") from None
 
 
-def objects(item: dict, *names: str) -> list[dict]:
+def objects(item: dict, *names: str, kind: type = dict) -> list:
     """`either` as a list of objects; one may stand alone, and all may be JSON text (in tables, ShareGPT)."""
     value = either(item, *names) or []
     value = from_json(value) if isinstance(value, str) else value
     value = [value] if isinstance(value, dict) else value
-    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        raise ValueError(f"{names[0]} holds no objects: {str(value)[:80]}")
+    if not isinstance(value, list) or not all(isinstance(part, kind) for part in value):
+        raise ValueError(f"{names[0]} is of no known form: {str(value)[:80]}")
     return list(value)
 
 

@@ -72,6 +72,10 @@ USED = {
         {"instruction": "q", "output": "a", "history": [["p", "b"]]},
         [NO_THOUGHT + "b<|im_end|>", NO_THOUGHT + "a<|im_end|>"],
     ),
+    "history as text": (  # in a CSV file
+        {"instruction": "q", "output": "a", "history": '[["p", "b"]]'},
+        [NO_THOUGHT + "b<|im_end|>", NO_THOUGHT + "a<|im_end|>"],
+    ),
     "prompt and completion": ({"prompt": "q", "completion": "a"}, [NO_THOUGHT + "a<|im_end|>"]),
     "conversations with role": ({"conversations": PAIR}, [NO_THOUGHT + "a<|im_end|>"]),
     "messages with from": (
@@ -114,7 +118,7 @@ REFUSED = {
     "no JSON object: a key stands twice in one object: .'output'": training.from_json(
         '{"output": "a", "output": "b"}'
     ),
-    "messages holds no objects: .*stands twice": {
+    "messages is of no known form: .*stands twice": {
         "messages": training.from_json('[{"role": "user", "role": "x"}]')
     },
     "unknown shape with keys": {"question": "q", "answer": "a"},
@@ -129,7 +133,7 @@ REFUSED = {
     "a tool call has no name": {
         "messages": [PAIR[0], turn("assistant", "", tool_calls=[{"arguments": "{}"}])]
     },
-    "arguments holds no objects": {
+    "arguments is of no known form": {
         "messages": [PAIR[0], turn("assistant", "", tool_calls=[{"name": "f", "arguments": "{"}])]
     },
     "surrogates not allowed": {"instruction": "q", "output": "a\ud83d"},

@@ -77,7 +77,9 @@ def sft_trainer(model: Path, folder: Path, four_bit: bool) -> tuple[float, list[
     args = SFTConfig(str(folder / "trl"), disable_tqdm=True, **options)
     rows = load_dataset("json", data_files=str(folder / "data/train.jsonl"), split="train")
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=list(training.QWEN_LAYERS), task_type="CAUSAL_LM")
-    trainer = SFTTrainer(training.load_base(config, set()), args=args, train_dataset=rows, peft_config=lora)
+    base = training.load_base(config, set())
+    base.set_attn_implementation("sdpa")  # its default, not ours
+    trainer = SFTTrainer(base, args=args, train_dataset=rows, peft_config=lora)
     trainer.train()
     return times_of(trainer.state.log_history)
 

@@ -634,7 +634,8 @@ def test_qlora_on_a_gpu(tmp_path, tiny_qwen2, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_demo_learns_name_format_and_stopping(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "models").symlink_to(ROOT / "models")  # where an earlier demo left the model
+    (ROOT / "models").mkdir(exist_ok=True)  # where an earlier demo left the model
+    (tmp_path / "models").symlink_to(ROOT / "models")
     process = run_script(
         "qwen_finetuning.py", "--demo", cwd=tmp_path, env={"OMP_NUM_THREADS": "2"}, timeout=900
     )

@@ -36,7 +36,8 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # could steer a terminal
 SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool", "user": "user"}
 SPEAKERS |= {"assistant": "assistant", "system": "system", "tool": "tool"}
 KEPT = ("tool_calls", "reasoning_content", "name", "tool_call_id")  # of a turn, as in training
-NOT_JUDGED = {"history", "train", "loss", "function_call", "reasoning", "image", "images", "audio", "video"}
+NOT_JUDGED = {"history", "train", "loss", "function_call", "functions", "reasoning", "thinking"}
+NOT_JUDGED |= {"image", "images", "audio", "audios", "video", "videos"}
 REPORT = """<!DOCTYPE html><meta charset="utf-8"><title>{{ title }}</title>
 <style>td { border: 1px solid #ccc; padding: 0.4em; vertical-align: top; white-space: pre-wrap }</style>
 <h1>{{ title }}</h1><pre>{{ scores }}</pre><table>
@@ -95,8 +96,9 @@ def main(config: Config) -> None:
         raise ValueError(f"{file} is of an evaluation that was killed: pass --resume, or delete it")
     rows, source = rows_to_judge(config)
     model, tokenizer = load_model(config.model)
-    ends = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = ends = ends if isinstance(ends, list) else [ends]
+    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    model.generation_config = type(model.generation_config)(eos_token_id=ends)  # greedy, without penalties
     rows = usable(rows, partial(with_ids, tokenizer, ends, config.max_seq_length), config.skip_bad_rows)
     sides, predictions = {}, [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
     for side, prefix in [("model", ""), ("base", "base_")][: 1 + config.compare_base]:
@@ -184,7 +186,7 @@ def row_of(line: dict) -> dict:
     pair = {"user": question, "assistant": record.get("output") or record.get("response")}
     turns = [{"role": role, "content": text} for role, text in pair.items()]
     turns = record.get("messages") or record.get("conversations") or turns
-    if record.get("system") and turns[0].get("role") != "system":
+    if record.get("system") and "system" not in (turns[0].get("role"), turns[0].get("from")):
         turns = [{"role": "system", "content": record["system"]}, *turns]
     used = {key for item in (record, *turns) for key, value in item.items() if value not in (None, "", [])}
     if unread := sorted(NOT_JUDGED & used):
@@ -238,10 +240,9 @@ def load_model(name: str):
 
 def with_ids(tokenizer, ends: list[int], limit: int, row: dict) -> dict:
     """What a row is judged by; where no example is stored, it is the last answer's, cut at `limit`."""
-    *turns, last = row["messages"]
-    options = {"tools": row["tools"] or None, "sanitize_control_tokens": True, "return_dict": False}
-    prompt_ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
-    ids = tokenizer.apply_chat_template([*turns, last], **options)
+    turns, options = row["messages"][:-1], {"sanitize_control_tokens": True, "return_dict": False}
+    chat = partial(tokenizer.apply_chat_template, tools=row["tools"] or None, **options)
+    prompt_ids, ids = chat(turns, add_generation_prompt=True), chat(row["messages"])
     start = len(os.path.commonprefix([prompt_ids, ids]))
     end = next((i for i in range(start, len(ids)) if ids[i] in ends), len(ids) - 1) + 1
     labels = [-100] * start + ids[start:end] + [-100] * (len(ids) - end)
@@ -304,16 +305,14 @@ def generate(model, prompts: list[list[int]], room: int) -> list[tuple[list[int]
 
     if room < 1:
         return [([], "no_room")] * len(prompts)
-    ids = [torch.tensor(prompt) for prompt in prompts]
-    ids = torch.nn.utils.rnn.pad_sequence(ids, True, -1, padding_side="left").to(model.device)
-    greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    greedy |= {"attention_mask": (ids >= 0).long(), "max_new_tokens": room, "use_cache": True}
+    ids = [torch.tensor(prompt, device=model.device) for prompt in prompts]
+    ids = torch.nn.utils.rnn.pad_sequence(ids, True, -1, padding_side="left")
     try:
-        output = model.generate(ids.clamp(min=0), **greedy)[:, ids.shape[1] :].tolist()
+        output = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(), max_new_tokens=room)
     except torch.OutOfMemoryError:
         raise ValueError("out of memory: take a smaller --batch_size, and go on by --resume") from None
     ends, answers = model.generation_config.eos_token_id, []
-    for new in output:
+    for new in output[:, ids.shape[1] :].tolist():
         stop = next((place for place, id in enumerate(new) if id in ends), None)
         answers.append((new[:stop], "limit" if stop is None else "end_of_turn"))
     return answers

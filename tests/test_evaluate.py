@@ -185,6 +185,8 @@ def test_killed_in_the_middle_of_300_rows_it_goes_on(run, evaluate, tmp_path, mo
 def test_rows_that_were_trained_on_are_left_out_of_another_file(run, tiny_adapter, tmp_path):
     model = shutil.copytree(tiny_adapter, tmp_path / "model")
     trained = [{"instruction": f"Trained {n}", "output": "yes"} for n in range(5)]
+    talk = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "b"}]
+    trained += [{"conversations": talk, "system": "s"}]
     talk = [{"from": "human", "value": "q", "weight": 0}, {"weight": 0, "content": "a", "role": "assistant"}]
     trained += [{"conversations": talk + talk[:1] + [{"from": "gpt", "value": "b", "x": 1}], "system": "s"}]
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -202,11 +204,11 @@ def test_rows_that_were_trained_on_are_left_out_of_another_file(run, tiny_adapte
 
     flags = ["--dataset_path", "test.jsonl", "--eval_ratio", "1"]
     metrics, predictions, words = run(*flags, model=model)
-    assert "2 of 9 rows of test.jsonl: 7 trained on are left out" in words
+    assert "2 of 10 rows of test.jsonl: 8 trained on are left out" in words
     assert [row["prompt"] for row in predictions] == ["Fresh 0", "Fresh 1"]
-    assert metrics["dataset"] == {"path": "test.jsonl", "rows": 9, "trained_on": 7, "evaluated": 2}
+    assert metrics["dataset"] == {"path": "test.jsonl", "rows": 10, "trained_on": 8, "evaluated": 2}
     (tmp_path / "trained_on.txt").unlink()
-    assert "9 of 9 rows of test.jsonl: no list of those trained on" in run(*flags, model=model)[2]
+    assert "10 of 10 rows of test.jsonl: no list of those trained on" in run(*flags, model=model)[2]
     (tmp_path / "nothing.jsonl").write_text("")  # as a training with --eval_ratio 0 leaves it
     record |= {"held_out": str(tmp_path / "nothing.jsonl")}
     (model / "finetune_config.json").write_text(json.dumps(record), encoding="utf-8")
@@ -225,6 +227,8 @@ def test_the_last_answer_is_labelled_as_in_training(evaluate):
     with pytest.raises(ValueError, match="expected messages"):  # whose digest would not be training's
         parts = {"role": "user", "content": [{"type": "text", "text": "q"}]}
         judged(evaluate, tokenizer, messages=[parts, {"role": "assistant", "content": "a"}])
+    with pytest.raises(ValueError, match="thinking: this is not read here"):
+        judged(evaluate, tokenizer, messages=[{"role": "assistant", "content": "a", "thinking": "t"}])
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a <|im_end|> b"}]
     row = judged(evaluate, tokenizer, messages=talk)
     [wanted], _ = load_script("qwen_finetuning").encode(talk, tokenizer)

@@ -85,7 +85,7 @@ def main() -> None:
     tokenizer, model = load_for_training(config.model_name)
     train, test = (tokenize_dataset(p, tokenizer, config.max_length, config.dynamic_padding) for p in parts)
     # 3. Training arguments
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if on_cpu := not torch.accelerator.is_available():
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
     args = TrainingArguments(
@@ -107,14 +107,14 @@ def main() -> None:
     with redirect_stdout(sys.stderr):  # where the Trainer's log belongs: stdout is for results
         trainer.train()
         loss = trainer.evaluate()["eval_loss"]
+    if not loss < 100:  # nan, too
+        raise ValueError(f"eval_loss {loss}: the training ran away, try a smaller --lr")
     trainer.save_model()
     trainer.save_state()
     if not trainer.is_world_process_zero():  # of several processes the first speaks
         return
     print(f"eval_loss {loss:.4f} · perplexity {math.exp(loss):.2f}")
-    if config.dynamic_padding:
-        seen, rows = trainer.state.num_input_tokens_seen, len(train) * config.num_train_epochs
-        print(f"trained on {seen} tokens, not the {rows * config.max_length} of rows padded to max_length")
+    print(f"trained on {trainer.state.num_input_tokens_seen} tokens, padding too")
     # And a question: which LoRA rank would have been enough for this update?
     base = AutoModelForCausalLM.from_pretrained(config.model_name, dtype=model.dtype)
     for kind, errors in write_rank_errors(base, model, config.output_dir).items():
@@ -122,12 +122,11 @@ def main() -> None:
 
 
 def write_example_data() -> None:
-    pairs = [pair.split(" = ") for pair in re.split(r" \| |\n", TRANSLATIONS.strip())]
-    records = [dict(zip(KEYS, ("把下面的英文翻译成中文。", *pair), strict=True)) for pair in pairs]
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     EXAMPLE_DATA.parent.mkdir(parents=True, exist_ok=True)
-    EXAMPLE_DATA.write_text(text, encoding="utf-8")
-    print(f"{EXAMPLE_DATA}: {len(records)} translation records written", file=sys.stderr)
+    with EXAMPLE_DATA.open("w", encoding="utf-8") as file:
+        for english, chinese in re.findall(r"(\w[^|\n]*) = (\S+)", TRANSLATIONS):
+            record = {"instruction": "把下面的英文翻译成中文。", "input": english, "output": chinese}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def load_dataset(path: Path, skip_bad_rows: bool = False):
@@ -136,15 +135,15 @@ def load_dataset(path: Path, skip_bad_rows: bool = False):
 
     records, faults = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                record = json.loads(line.decode("utf-8-sig"))  # -sig: a byte-order mark may come first
-                texts = {key: record.get(key) for key in KEYS}
-                texts["input"] = "" if texts["input"] is None else texts["input"]
-                wrong = [key for key, text in texts.items() if not isinstance(text, str)]
-                if wrong or not texts["output"].strip():
-                    raise ValueError(f"{', '.join(wrong) or 'output'} is missing, empty or no text")
-                records.append(texts)
+            record = {"input": ""} | {key: text for key, text in json.loads(line).items() if text is not None}
+            wrong = [key for key in KEYS if not isinstance(record.get(key), str)]
+            if wrong or not record["output"].strip():
+                raise ValueError(f"{', '.join(wrong) or 'output'} is missing, empty or no text")
+            format_example(record).encode()  # half a surrogate pair, as in "\ud800", is no text either
+            records.append({key: record[key] for key in KEYS})
         except (AttributeError, ValueError, RecursionError) as error:
             faults.append(f"{path}:{number}: no record: {error}")
     if faults and not skip_bad_rows:
@@ -211,8 +210,9 @@ def rank_errors(update) -> list[float]:
     """Relative error of a matrix's best approximation of each rank: truncated SVD (Eckart and Young 1936)."""
     import torch
 
-    energy = torch.linalg.svdvals(update.float()).square().flip(0).cumsum(0)  # of the smallest ones, summed
-    errors = (energy / energy[-1].clamp(min=1e-38)).sqrt().flip(0).tolist()  # [r]: without the r largest
+    squares = torch.linalg.svdvals(update.float()).square()
+    missed = squares.flip(0).cumsum(0).flip(0)  # [r]: what an approximation of rank r misses
+    errors = (missed / missed[0].clamp(min=1e-38)).sqrt().tolist()
     return [errors[r] if r < len(errors) else 0.0 for r in RANKS]
 
 

@@ -16,7 +16,6 @@ tokens that end an answer, and whether the base was in 4 bits. For a conversatio
 
 import json
 import logging
-import os
 import re
 import sys
 import time
@@ -62,11 +61,10 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 def main(config: Config) -> None:
-    import torch
-    from transformers import TextStreamer
+    from transformers import TextStreamer, set_seed
 
     model, tokenizer = load_model(config.model)
-    torch.manual_seed(config.seed)
+    set_seed(config.seed)
     if config.input_file:
         return answer_file(config, model, tokenizer)
     instruction = sys.stdin.read().strip() if config.instruction == "-" else config.instruction
@@ -143,14 +141,13 @@ def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, strea
         return [answers_to([prompt], config, model, tokenizer)[0] for prompt in prompts]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-    # whatever the model's own settings say
-    options = {"top_k": 0, "repetition_penalty": 1.0, "use_cache": True, "max_new_tokens": room}
-    options |= {"do_sample": config.temperature > 0, "temperature": config.temperature, "top_p": config.top_p}
-    output = model.generate(**batch, **options, streamer=streamer)[:, batch["input_ids"].shape[1] :].tolist()
-    stop = model.generation_config.eos_token_id
-    ends = stop if isinstance(stop, list) else [stop]
+    options = {"do_sample": config.temperature > 0, "temperature": config.temperature, "top_p": config.top_p}
+    options |= {"top_k": 0, "repetition_penalty": 1.0, "use_cache": True}  # whatever the model's own are
+    output = model.generate(**batch, **options, max_new_tokens=room, streamer=streamer)
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
     answers = []
-    for ids in output:
+    for ids in output[:, batch["input_ids"].shape[1] :].tolist():
         tokens = next((n for n, token in enumerate(ids, 1) if token in ends), None)
         text = tokenizer.decode(ids[:tokens], skip_special_tokens=True).strip()
         answers.append((text, tokens or len(ids), "ended by itself" if tokens else "cut at the limit"))
@@ -186,7 +183,7 @@ def answer_file(config: Config, model, tokenizer) -> None:
                 file.write(json.dumps([key, done[key]]) + "\n")
     rows = [record | done[key] for record, key in zip(records, prompts, strict=True)]
     whole.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(whole, config.output_file)
+    whole.replace(config.output_file)
     partial.unlink()
     print(f"{len(rows)} answers: {config.output_file}", file=sys.stderr)
 

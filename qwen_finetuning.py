@@ -1096,7 +1096,8 @@ def show_result(config: FinetuneConfig, trainer, seconds: float) -> None:
     print(f"\ntrained {steps} steps{early if steps < planned else ''} in {timedelta(seconds=int(seconds))}")
     for name, loss in trainer.record["losses"].items():
         if loss is not None:
-            print(f"held-out answers {name} training: loss {loss:.3f} | Perplexity: {math.exp(loss):.2f}")
+            perplexity = math.exp(min(loss, 700))  # of a run that went astray e to the loss is no number
+            print(f"held-out answers {name} training: loss {loss:.3f} | Perplexity: {perplexity:.2f}")
     print(f"adapter     {config.model_dir}  (also {config.output_dir}/checkpoint-final)")
     print(f"talk to it  python chat.py --model {config.model_dir}")
     print(f"merge it    python merge_model.py --adapter {config.model_dir}")

@@ -97,9 +97,8 @@ def main(configs: list[FinetuneConfig]) -> None:
     first = os.environ.get("RANK", "0") == "0"  # of several processes the first speaks
     LOGGER.setLevel(logging.INFO if first else logging.ERROR)
     results = {TEXT_FORMATS[config.instruction_mode][0]: run_training(config) for config in configs}
-    if first:
-        for name, figures in results.items():
-            print(f"{name:<12}" + " · ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    for name, figures in results.items() if first else ():
+        print(f"{name:<12}" + " · ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     if len(results) == 2:
         losses = (figures["eval_loss"] for figures in results.values())
         LOGGER.info("两种格式的损失对比：instruction=%.4f, sft=%.4f", *losses)
@@ -108,7 +107,7 @@ def main(configs: list[FinetuneConfig]) -> None:
 def run_training(config: FinetuneConfig) -> dict[str, float]:
     """Train one format from the model's own start and save it; returns the figures to compare."""
     import torch
-    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+    import transformers
 
     texts = test_texts = build_dataset(config)
     LOGGER.info("format chosen: instruction_mode=%s, first: %r", config.instruction_mode, texts["text"][0])
@@ -117,15 +116,15 @@ def run_training(config: FinetuneConfig) -> dict[str, float]:
     tokenizer, model = load_fresh_model(config)
     train, test = (tokenize(t, tokenizer, config.max_length, config.keep_eos) for t in (texts, test_texts))
     # The usual collator takes the label from each pad token. Where pad is EOS, an ending loses its own too.
-    usual = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    collate = collate_by_attention if config.keep_eos else usual
+    usual = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    collate = transformers.default_data_collator if config.keep_eos else usual
     supervised_eos = sum(int((collate([row])["labels"] == tokenizer.eos_token_id).sum()) for row in train)
     LOGGER.info("EOS tokens with a label: %d in %d texts", supervised_eos, len(train))
 
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if on_cpu := not torch.accelerator.is_available():
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
-    args = TrainingArguments(
+    args = transformers.TrainingArguments(
         output_dir=str(config.output_dir / TEXT_FORMATS[config.instruction_mode][0]),
         max_steps=config.max_steps,
         learning_rate=config.learning_rate,
@@ -138,7 +137,7 @@ def run_training(config: FinetuneConfig) -> dict[str, float]:
         save_strategy="no",  # saved at the end, without AdamW's moments, which are twice the model's size
         ddp_find_unused_parameters=False,  # several processes: every weight takes part in every step
     )
-    trainer = Trainer(model, args, collate, train, test, processing_class=tokenizer)
+    trainer = transformers.Trainer(model, args, collate, train, test, processing_class=tokenizer)
     with trainer.accelerator.autocast():  # in the arithmetic of the training, which the model keeps after it
         loss_before, _ = answer_figures(model, tokenizer, test_texts["text"])
     LOGGER.info("training begins: %d steps of %d rows", args.max_steps, config.batch_size * args.world_size)
@@ -188,40 +187,33 @@ def load_fresh_model(config: FinetuneConfig):
 
 
 def tokenize(dataset, tokenizer, max_length: int = 512, keep_eos: bool = False):
-    """`text` as input_ids and attention_mask, each row max_length tokens: padded on the right, or cut."""
+    """`text` as input_ids and attention_mask, each row max_length tokens: padded on the right, or cut.
+    With keep_eos each text ends in EOS, and labels come along: padding, and nothing else, has -100."""
     texts = [text + tokenizer.eos_token * keep_eos for text in dataset["text"]]
     if cut := sum(len(ids) > max_length for ids in tokenizer(texts)["input_ids"]):
         LOGGER.warning("--max_length %d cuts %d of %d texts", max_length, cut, len(texts))
     size = {"max_length": max_length, "padding": "max_length", "padding_side": "right", "truncation": True}
-    return type(dataset).from_dict(dict(tokenizer(texts, **size)))
-
-
-def collate_by_attention(rows: list[dict]) -> dict:
-    """A batch (rows x tokens) in which padding, and nothing else, has the label -100: no loss."""
-    import torch
-
-    batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}
-    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+    rows = tokenizer(texts, **size, return_tensors="pt")
+    if keep_eos:
+        rows["labels"] = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
+    return type(dataset).from_dict(dict(rows))
 
 
 def answer_figures(model, tokenizer, texts: list[str]) -> tuple[float, float]:
     """(mean loss over the tokens of the answers, mean probability of EOS after an answer), of whole texts.
-
-    The prompts carry no loss here, so that both formats are measured on exactly the same tokens.
-    """
+    The prompts carry no loss here, so that both formats are measured on exactly the same tokens."""
     import torch
+    from torch.nn.functional import cross_entropy
 
     model.eval()
     losses, stops = [], []
     for text in texts:
-        row = tokenizer(text, return_offsets_mapping=True)
-        ids = torch.tensor(row["input_ids"], device=model.device)
+        row = tokenizer(text, return_tensors="pt").to(model.device)
+        first = row.char_to_token(text.index("\n回答：") + len("\n回答："))  # token of the answer
+        ids = row["input_ids"]
         with torch.no_grad():
-            logits = model(input_ids=ids[None], use_cache=False).logits[0].float()  # tokens x vocabulary
-        start = text.index("\n回答：") + len("\n回答：")
-        answer = torch.tensor([begin >= start for begin, _ in row["offset_mapping"]], device=model.device)
-        loss = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
-        losses.append(loss[answer[1:]])
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()  # tokens x vocabulary
+        losses.append(cross_entropy(logits[first - 1 : -1], ids[0, first:], reduction="none"))
         stops.append(logits[-1].softmax(-1)[tokenizer.eos_token_id])
     return torch.cat(losses).mean().item(), torch.stack(stops).mean().item()
 

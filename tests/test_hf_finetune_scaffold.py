@@ -39,16 +39,17 @@ def test_bad_lines_are_named_and_null_is_an_empty_input(tmp_path, capsys):
     good = ['{"instruction": "a", "output": "b"}', "", '{"instruction": "a", "input": null, "output": "b"}']
     bad = ["{", "[1]", '{"instruction": "a"}', '{"instruction": 1, "output": "b"}', "[" * 9999, "\udcff"]
     bad += ['{"instruction": "a", "output": " "}', '{"instruction": "a", "input": 0, "output": "b"}']
+    bad += [r'{"instruction": "a", "output": "\ud800"}']
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(good + bad).encode(errors="surrogateescape"))
     with pytest.raises(ValueError) as caught:
         scaffold.load_dataset(path)
     *lines, last = str(caught.value).splitlines()
-    assert [line.split(": no record: ")[0] for line in lines] == [f"{path}:{n}" for n in range(4, 12)]
-    assert lines[2].endswith("output is missing, empty or no text") and last.startswith("8 bad lines")
+    assert [line.split(": no record: ")[0] for line in lines] == [f"{path}:{n}" for n in range(4, 13)]
+    assert lines[2].endswith("output is missing, empty or no text") and last.startswith("9 bad lines")
     rows = scaffold.load_dataset(path, skip_bad_rows=True).to_list()
     assert rows == [{"instruction": "a", "input": "", "output": "b"}] * 2
-    assert "2 records, 8 bad lines left out" in capsys.readouterr().err
+    assert "2 records, 9 bad lines left out" in capsys.readouterr().err
     path.write_text("")
     with pytest.raises(ValueError, match="one record to train on"):
         scaffold.load_dataset(path)
@@ -105,7 +106,9 @@ def test_whole_run_on_the_example_data(tiny_gpt2, tmp_path, monkeypatch, capsys)
     assert (out / "lora_rank_error.png").read_bytes().startswith(b"\x89PNG")
     *steps, loss = losses(out)
     assert len(steps) == 16 and sum(steps[-5:]) < sum(steps[:5]) - 1
-    words = f"eval_loss {loss:.4f} · perplexity {math.exp(loss):.2f}\nattn.c_attn"
+    words = (
+        f"eval_loss {loss:.4f} · perplexity {math.exp(loss):.2f}\ntrained on 4096 tokens, padding too\nattn"
+    )
     assert capsys.readouterr().out.startswith(words)
 
 
@@ -116,8 +119,8 @@ def test_dynamic_padding_gives_the_same_loss_with_fewer_tokens(tiny_qwen2, tmp_p
     run(monkeypatch, *flags, tmp_path / "static")
     run(monkeypatch, *flags, tmp_path / "dynamic", "--dynamic_padding", "--gradient_checkpointing")
     assert losses(tmp_path / "dynamic") == pytest.approx(losses(tmp_path / "static"), abs=1e-5)
-    seen, full = re.search(r"trained on (\d+) tokens, not the (\d+)", capsys.readouterr().out).groups()
-    assert int(full) == 9 * 64 and 0 < int(seen) < 9 * 64
+    full, seen = map(int, re.findall(r"trained on (\d+) tokens", capsys.readouterr().out))
+    assert full == 9 * 64 and 0 < seen < 9 * 64
 
 
 def test_errors_are_one_line(tiny_qwen2, tmp_path, monkeypatch):

@@ -13,13 +13,13 @@ import csv
 import gzip
 import hashlib
 import json
-import os
 import random
 import re
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 
 TOTAL_SAMPLES = 2000
@@ -28,6 +28,7 @@ MY_REPORT_DATA_PATH = "my_dataset.json"
 OUTPUT_FILE = "mixed_finetune_dataset.jsonl"
 FORMATS = {"instruction": "instruction", "messages": "messages", "sharegpt": "conversations"}
 FORMATS |= {"alpaca": "instruction", "qa": "input", "completion": "prompt"}  # format: a key that it has
+DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 ASKING = ("system", "developer", "user", "human", "tool", "observation", "function")  # roles with no answer
 
 
@@ -74,47 +75,42 @@ def main(config: Config) -> None:
     ratios = {"input": 1.0} if config.input else {name: share for name, share in shares.items() if share}
     own = f"data/processed/{Path(config.input).resolve().name.partition('.')[0]}.jsonl"
     output = config.output or (own if config.input else config.output_file)
-    if any(Path(output).resolve().is_relative_to(Path(paths[name]).resolve()) for name in ratios):
-        raise ValueError(f"{output} is, or lies in, what is read; name another place for it")
-    rng, pools, seen, rejects, mix = random.Random(config.seed), {}, {}, [], []
+    for place in (output, config.parts_dir):
+        if any(Path(place).resolve().is_relative_to(Path(paths[name]).resolve()) for name in ratios):
+            raise ValueError(f"{place} is, or lies in, what is read; name another place for it")
+    rng, seen, rejects, turns = random.Random(config.seed), {}, [], []
     table = {"source": ["asked", "found", "rejected", "duplicate", "written"]}
     for name, ratio in ratios.items():
         rows, rejected = read_and_convert(name, paths[name], config)
-        pools[name] = [row for row in rows if seen.setdefault(key_of(row), row) is row]  # no duplicate
-        rng.shuffle(pools[name])
+        new = [row for row in rows if seen.setdefault(key_of(row), row) is row]
+        rng.shuffle(new)
+        turns += [(n / ratio, name, row) for n, row in enumerate(new)]  # the lowest make the mix
         asked = "all" if config.input else round(config.total_samples * ratio)
-        table[name] = [asked, len(rows), len(rejected), len(rows) - len(pools[name]), 0]
+        table[name] = [asked, len(rows), len(rejected), len(rows) - len(new)]
         rejects += rejected
-    while any(pools.values()) and (len(mix) < config.total_samples or config.input):  # by ratio
-        name = min(filter(pools.get, pools), key=lambda n: table[n][-1] / ratios[n])
-        mix.append(pools[name].pop())
-        table[name][-1] += 1
+    mix = sorted(turns)[: None if config.input else config.total_samples]
     rng.shuffle(mix)
     write_lines(f"{output}.rejected.jsonl", [json.dumps(reject).encode() + b"\n" for reject in rejects])
     if not mix:
         raise ValueError(f"no row is good; see {output}.rejected.jsonl")
-    write_lines(output, mix)
+    write_lines(output, [row for _, _, row in mix])
+    for name in ratios:
+        table[name].append([source for _, source, _ in mix].count(name))
     print("\n".join(f"{name:10}" + "".join(f"{cell:>11}" for cell in row) for name, row in table.items()))
     print(f"next: python qwen_finetuning.py --dataset_path {output}")
 
 
 def read_and_convert(name: str, source: str, config: Config) -> tuple[list[bytes], list[dict]]:
     """(good rows as lines of JSON, rejects) of a source; from data/parts/ if it was read before."""
-    files = sorted(file for file in {Path(source), *Path(source).rglob("*")} if file.is_file())
-    versions = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    stamp = ascii((name, versions, config)) + Path(__file__).read_text(encoding="utf-8")
-    part = Path(config.parts_dir, f"{name}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.jsonl")
+    files = filter(Path.is_file, (Path(__file__), Path(source), *sorted(Path(source).rglob("*"))))
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    state = hashlib.sha256(ascii((state, config)).encode()).hexdigest()
+    part = Path(config.parts_dir, f"{name}-{state[:16]}.jsonl")
     if not part.exists():
-        good, bad, label = [], [], {} if config.input else {"source": Path(source).name if files else source}
-        if Path(source).exists() or config.input or source.lower().endswith(DATA_ENDINGS):
-            rows = rows_of(source)
-        else:
-            from datasets import load_dataset
-
-            data = load_dataset(*source.split(":"), split="train", streaming=True)
-            data = data.shuffle(seed=config.seed, buffer_size=10_000).take(2 * config.total_samples)
-            rows = ((f"{source}, row {n}", without_nulls(row)) for n, row in enumerate(data, 1))
-        for where, row in rows:
+        good, bad, local = [], [], Path(source).exists()
+        label = {} if config.input else {"source": Path(source).name if local else source}
+        most = None if local or config.input else max(10_000, 2 * config.total_samples)
+        for where, row in islice(rows_of(source, streaming=True), most):
             try:
                 record = label | converted(row, name, config)
                 good.append(json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n")
@@ -126,20 +122,15 @@ def read_and_convert(name: str, source: str, config: Config) -> tuple[list[bytes
     return good, json.loads(bad)
 
 
-DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
-
-
 # Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
-def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
-    """Yield (where, record) for each row of a file, a folder or a hub dataset's train split.
-
-    In place of a row that can not be read comes a text that says why; a folder's other files are named.
-    """
+def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | str]]:
+    """Yield (where, record) for each row of a file, a folder or a hub dataset (id:configuration); in place
+    of a row that can not be read comes a text that says why. A folder's other files are named."""
     path, name = Path(source), source.lower()
     if path.is_dir():
         for file in sorted(filter(Path.is_file, path.rglob("*"))):
             if file.name.lower().endswith(DATA_ENDINGS):
-                yield from rows_of(str(file))
+                yield from rows_of(str(file), streaming)
             else:
                 print(f"{file} is not read: data files end in {' '.join(DATA_ENDINGS)}", file=sys.stderr)
     elif name.endswith((".json", ".jsonl", ".gz", ".csv")):
@@ -160,17 +151,11 @@ def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
     else:
         from datasets import load_dataset
 
-        kind = {"path": "parquet", "data_files": source} if name.endswith(".parquet") else {"path": source}
-        rows = map(without_nulls, load_dataset(**kind, split="train"))
-        yield from ((f"{source}, row {n}", row) for n, row in enumerate(rows, 1))
-
-
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
-def without_nulls(value):
-    """`value` without the keys that are null, at any depth: in a table each row has every column."""
-    if isinstance(value, dict):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+        kind = ["parquet", None, None, source] if name.endswith(".parquet") else source.split(":")
+        no_nulls = lambda part: {key: value for key, value in part.items() if value is not None}
+        for n, row in enumerate(load_dataset(*kind, split="train", streaming=streaming), 1):
+            row = json.loads(json.dumps(row, default=str), object_hook=no_nulls)  # each has every column
+            yield f"{source}, row {n}", row
 
 
 # Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
@@ -217,7 +202,7 @@ def write_lines(path: str | Path, lines: list[bytes]) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.partial", "wb") as file:
         file.writelines(lines)
-    os.replace(f"{path}.partial", path)
+    Path(f"{path}.partial").replace(path)
 
 
 if __name__ == "__main__":

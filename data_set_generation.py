@@ -17,7 +17,6 @@ import csv
 import gzip
 import hashlib
 import json
-import os
 import random
 import re
 import sys
@@ -58,6 +57,7 @@ SITES += ("medicalsciences", "chemistry", "psychology")  # read before the other
 BUFFER = 2_000  # rows held in memory to change their order while a source streams
 FEEDS = {"my_reports": ["my_reports"], "orca": ["orca"], "bio": ["pubmed", "stackexchange"]}
 FEEDS |= {"ai": ["stackexchange"], "ic": ["stackexchange"]}  # share: its sources, one by one
+DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 ASKING = ("system", "developer", "user", "human", "tool", "observation", "function")  # roles with no answer
 
 
@@ -108,8 +108,9 @@ def main(config: Config) -> None:
     paths = {"my_reports": config.my_report_data_path, "orca": config.orca_data_path}
     paths |= {"pubmed": config.pubmed_data_path, "stackexchange": config.stackexchange_data_path}
     asked = [(share, name) for share in config.ratios for name in FEEDS[share]]
-    if any(Path(config.output_file).resolve().is_relative_to(Path(paths[n]).resolve()) for _, n in asked):
-        raise ValueError(f"{config.output_file} is, or lies in, a source; pass another --output_file")
+    for place in (config.output_file, config.parts_dir):
+        if any(Path(place).resolve().is_relative_to(Path(paths[name]).resolve()) for _, name in asked):
+            raise ValueError(f"{place} is, or lies in, a source; name another place for it")
     streams = {name: stream_records(name, paths[name], config) for _, name in asked}
     lines, rejects, counts = sample(streams, config)
     random.Random(config.seed).shuffle(lines)
@@ -163,15 +164,16 @@ def sample(streams: dict[str, Iterator], config: Config) -> tuple[list[bytes], l
 
 def stream_records(name: str, source: str, config: Config) -> Iterator[bytes]:
     """Yield a line for each row: source, shares that it fits, JSON. No share: the JSON tells what is bad."""
-    files = sorted(file for file in {Path(source), *Path(source).rglob("*")} if file.is_file())
-    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in (*files, Path(__file__))]
+    files = filter(Path.is_file, (Path(__file__), Path(source), *sorted(Path(source).rglob("*"))))
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     state += [source, config.seed, config.system, config.min_score, config.keywords]
     part = Path(config.parts_dir, f"{name}-{hashlib.sha256(ascii(state).encode()).hexdigest()[:16]}.tsv")
     if part.exists():
         with open(part, "rb") as lines:
             yield from lines
         return
-    label, find = {"source": Path(source).name if files else source}, domain_finder(config.keywords)
+    label = {"source": Path(source).name if Path(source).exists() else source}
+    find = domain_finder(config.keywords)
     part.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{part}.new", "wb") as file:
         for where, row in stream_of(source, config.seed):
@@ -187,13 +189,13 @@ def stream_records(name: str, source: str, config: Config) -> Iterator[bytes]:
             line = f"{name}\t{' '.join(fits)}\t".encode() + line + b"\n"
             file.write(line)
             yield line
-    os.replace(f"{part}.new", part)  # comes here only at the end of the source
+    Path(f"{part}.new").replace(part)  # comes here only at the end of the source
 
 
 def stream_of(source: str, seed: int) -> Iterator[tuple[str, dict | str]]:
     """Yield (where, row), shuffled within BUFFER rows; of a hub dataset's files those of the SITES first."""
     if Path(source).exists() or source.lower().endswith(DATA_ENDINGS):
-        rows = rows_of(source)
+        rows = rows_of(source, streaming=True)
     else:
         from datasets import load_dataset_builder
 
@@ -202,26 +204,21 @@ def stream_of(source: str, seed: int) -> Iterator[tuple[str, dict | str]]:
         random.Random(seed).shuffle(urls)
         urls.sort(key=lambda url: url.split("/")[-2].partition(".")[0] not in SITES)
         rows = enumerate(builder.as_streaming_dataset("train"), 1)
-        rows = ((f"{source}, row {number}", without_nulls(row)) for number, row in rows)
+        rows = ((f"{source}, row {number}", row) for number, row in rows)
     while buffer := list(islice(rows, BUFFER)):
         random.Random(seed).shuffle(buffer)
         yield from buffer
 
 
-DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
-
-
 # Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
-def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
-    """Yield (where, record) for each row of a file, a folder or a hub dataset's train split.
-
-    In place of a row that can not be read comes a text that says why; a folder's other files are named.
-    """
+def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | str]]:
+    """Yield (where, record) for each row of a file, a folder or a hub dataset (id:configuration); in place
+    of a row that can not be read comes a text that says why. A folder's other files are named."""
     path, name = Path(source), source.lower()
     if path.is_dir():
         for file in sorted(filter(Path.is_file, path.rglob("*"))):
             if file.name.lower().endswith(DATA_ENDINGS):
-                yield from rows_of(str(file))
+                yield from rows_of(str(file), streaming)
             else:
                 print(f"{file} is not read: data files end in {' '.join(DATA_ENDINGS)}", file=sys.stderr)
     elif name.endswith((".json", ".jsonl", ".gz", ".csv")):
@@ -242,17 +239,11 @@ def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
     else:
         from datasets import load_dataset
 
-        kind = {"path": "parquet", "data_files": source} if name.endswith(".parquet") else {"path": source}
-        rows = map(without_nulls, load_dataset(**kind, split="train"))
-        yield from ((f"{source}, row {n}", row) for n, row in enumerate(rows, 1))
-
-
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
-def without_nulls(value):
-    """`value` without the keys that are null, at any depth: in a table each row has every column."""
-    if isinstance(value, dict):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+        kind = ["parquet", None, None, source] if name.endswith(".parquet") else source.split(":")
+        no_nulls = lambda part: {key: value for key, value in part.items() if value is not None}
+        for n, row in enumerate(load_dataset(*kind, split="train", streaming=streaming), 1):
+            row = json.loads(json.dumps(row, default=str), object_hook=no_nulls)  # each has every column
+            yield f"{source}, row {n}", row
 
 
 # Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
@@ -274,10 +265,10 @@ def same_text(line: bytes) -> bytes:
 
 def replace_file(path: str, lines: list[bytes]) -> None:
     """Write beside `path`, then move it there in one step."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".partial", "wb") as file:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.partial", "wb") as file:
         file.writelines(lines)
-    os.replace(path + ".partial", path)
+    Path(f"{path}.partial").replace(path)
 
 
 def converted_row(name: str, row: dict | str, find, config: Config) -> tuple[list[str], dict]:
@@ -314,8 +305,8 @@ def from_stackexchange(post: dict, find, min_score: int) -> tuple[list[str], dic
     if not question or not answer:
         raise ValueError("its question or its answer holds no text")
     address, _, asker = post["metadata"]
-    by = f"question by {asker}, answer by {best.get('author')} {best.get('author_profile')}, CC BY-SA"
-    source = f"HuggingFaceH4/stack-exchange-preferences {address} {by}"
+    source = f"HuggingFaceH4/stack-exchange-preferences {address} question by {asker}, answer by "
+    source += f"{best.get('author')} {best.get('author_profile')}, CC BY-SA"
     return domains, {"instruction": question, "input": "", "output": answer, "source": source}
 
 

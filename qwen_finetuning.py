@@ -111,7 +111,9 @@ class FinetuneConfig:
     force_template: bool = setting(False, "use template_path also where the tokenizer has one")
     thinking: str = setting("auto", "fix the chat template's enable_thinking", choices=SWITCH)
     # the data
-    dataset_path: str = setting("mixed_finetune_dataset.jsonl", "records: file, folder or hub id")
+    dataset_path: str = setting(
+        "mixed_finetune_dataset.jsonl", "records: file, folder or hub id[:configuration]"
+    )
     system_prompt: str = setting(SYSTEM_PROMPT, "for records without one; '': the template's own")
     max_seq_length: int = setting(2048, "longest example in tokens")
     overlong: str = setting("truncate", "truncate or drop longer ones", choices=("truncate", "drop"))
@@ -401,16 +403,14 @@ def stop_for(faults: list[str], go_on: bool) -> None:
 
 
 # Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
-def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
-    """Yield (where, record) for each row of a file, a folder or a hub dataset's train split.
-
-    In place of a row that can not be read comes a text that says why; a folder's other files are named.
-    """
+def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | str]]:
+    """Yield (where, record) for each row of a file, a folder or a hub dataset (id:configuration); in place
+    of a row that can not be read comes a text that says why. A folder's other files are named."""
     path, name = Path(source), source.lower()
     if path.is_dir():
         for file in sorted(filter(Path.is_file, path.rglob("*"))):
             if file.name.lower().endswith(DATA_ENDINGS):
-                yield from rows_of(str(file))
+                yield from rows_of(str(file), streaming)
             else:
                 print(f"{file} is not read: data files end in {' '.join(DATA_ENDINGS)}", file=sys.stderr)
     elif name.endswith((".json", ".jsonl", ".gz", ".csv")):
@@ -431,17 +431,11 @@ def rows_of(source: str) -> Iterator[tuple[str, dict | str]]:
     else:
         from datasets import load_dataset
 
-        kind = {"path": "parquet", "data_files": source} if name.endswith(".parquet") else {"path": source}
-        rows = map(without_nulls, load_dataset(**kind, split="train"))
-        yield from ((f"{source}, row {n}", row) for n, row in enumerate(rows, 1))
-
-
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
-def without_nulls(value):
-    """`value` without the keys that are null, at any depth: in a table each row has every column."""
-    if isinstance(value, dict):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+        kind = ["parquet", None, None, source] if name.endswith(".parquet") else source.split(":")
+        no_nulls = lambda part: {key: value for key, value in part.items() if value is not None}
+        for n, row in enumerate(load_dataset(*kind, split="train", streaming=streaming), 1):
+            row = json.loads(json.dumps(row, default=str), object_hook=no_nulls)  # each has every column
+            yield f"{source}, row {n}", row
 
 
 # Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py

@@ -90,9 +90,9 @@ def test_seed_decides_and_duplicates_go_across_sources(run):
 def test_a_source_is_read_once_and_an_unfinished_one_anew(run, monkeypatch):
     flags, rows_of, asked = [*sources(), "--seed", 9], script.rows_of, []
 
-    def reading(source):
+    def reading(source, streaming):
         asked.append(Path(source).stem)
-        yield from rows_of(source)
+        yield from rows_of(source, streaming)
         if asked == ["my_dataset", "slimorca"]:
             raise KeyboardInterrupt
 

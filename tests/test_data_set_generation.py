@@ -82,7 +82,7 @@ def test_ratios_gap_and_the_scarcer_domain(build):
 
 def test_same_bytes_parts_and_systems(build, monkeypatch):
     flags, rows_of, asked = [*sources(), "--total_samples", 60], script.rows_of, []
-    monkeypatch.setattr(script, "rows_of", lambda source: asked.append(source) or rows_of(source))
+    monkeypatch.setattr(script, "rows_of", lambda *args, **_: asked.append(args) or rows_of(*args))
     outputs = [Path(MIX).read_bytes() for seed in (1, 1, 2) if build(*flags, "--seed", seed)]
     assert outputs[0] == outputs[1] != outputs[2] and len(asked) == 8  # four sources, once for each seed
     rows, _, _ = build(*flags, "--system", "drop")

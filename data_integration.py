@@ -73,8 +73,8 @@ def main(config: Config) -> None:
     if len(shares) < len(config.ratios) or round(sum(shares.values()), 6) != 1:
         raise ValueError(f"--ratios {shares}: the names are {', '.join(RATIOS)}, the shares add up to 1")
     ratios = {"input": 1.0} if config.input else {name: share for name, share in shares.items() if share}
-    own = f"data/processed/{Path(config.input).resolve().name.partition('.')[0]}.jsonl"
-    output = config.output or (own if config.input else config.output_file)
+    own = re.sub(r"(?i)\.(jsonl?|csv|parquet)(\.gz)?$", "", Path(config.input).resolve().name)
+    output = config.output or (f"data/processed/{own}.jsonl" if config.input else config.output_file)
     for place in (output, config.parts_dir):
         if any(Path(place).resolve().is_relative_to(Path(paths[name]).resolve()) for name in ratios):
             raise ValueError(f"{place} is, or lies in, what is read; name another place for it")

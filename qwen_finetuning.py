@@ -111,9 +111,7 @@ class FinetuneConfig:
     force_template: bool = setting(False, "use template_path also where the tokenizer has one")
     thinking: str = setting("auto", "fix the chat template's enable_thinking", choices=SWITCH)
     # the data
-    dataset_path: str = setting(
-        "mixed_finetune_dataset.jsonl", "records: file, folder or hub id[:configuration]"
-    )
+    dataset_path: str = setting("mixed_finetune_dataset.jsonl", "records: file, folder or hub id")
     system_prompt: str = setting(SYSTEM_PROMPT, "for records without one; '': the template's own")
     max_seq_length: int = setting(2048, "longest example in tokens")
     overlong: str = setting("truncate", "truncate or drop longer ones", choices=("truncate", "drop"))

@@ -150,7 +150,7 @@ def test_edited_constants_act(tmp_path):
 
 def test_the_way_of_a_newcomer(tmp_path):
     (tmp_path / "data" / "raw").mkdir(parents=True)
-    source, made = "data/raw/my_data.json", "data/processed/my_data.jsonl"
+    source, made = "data/raw/my.train.JSON", "data/processed/my.train.jsonl"
     rows = [ALPACA, {"instruction": "x"}, ALPACA, ALPACA | {"output": "half \ud800"}]
     (tmp_path / source).write_text(json.dumps(rows), encoding="utf-8-sig")
     done = run_script("data_integration.py", "--input", source, "--format", "alpaca", cwd=tmp_path)

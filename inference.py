@@ -61,10 +61,11 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 def main(config: Config) -> None:
-    from transformers import TextStreamer, set_seed
+    import torch
+    from transformers import TextStreamer
 
     model, tokenizer = load_model(config.model)
-    set_seed(config.seed)
+    torch.manual_seed(config.seed)
     if config.input_file:
         return answer_file(config, model, tokenizer)
     instruction = sys.stdin.read().strip() if config.instruction == "-" else config.instruction

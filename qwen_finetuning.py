@@ -938,10 +938,12 @@ def trainer_class() -> type:
             labels = inputs["labels"][0]  # the rows of a batch lie end to end in one
             places = (labels[1:] != -100).nonzero().flatten()
             inputs = {key: value for key, value in inputs.items() if key != "labels"}
-            logits = model(**inputs, use_cache=False, logits_to_keep=places).logits[0].float()
+            logits = model(**inputs, use_cache=False, logits_to_keep=places).logits[0]
             # DDP takes the mean of the processes
             count = max(len(places), 1) if num_items_in_batch is None else num_items_in_batch / PROCESSES
-            return torch.nn.functional.cross_entropy(logits, labels[places + 1], reduction="sum") / count
+            parts = zip(logits.split(64), labels[places + 1].split(64), strict=True)  # twice as fast as whole
+            entropy = partial(torch.nn.functional.cross_entropy, reduction="sum")
+            return sum(entropy(part.float(), wanted) for part, wanted in parts) / count
 
         def training_step(self, model, inputs, *args):
             """Forward and backward. Raises ValueError, before the optimiser steps, where loss or gradient are

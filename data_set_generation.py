@@ -231,7 +231,8 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
                 rows = ("more cells than the header has" if None in row else row for row in rows)
             elif name.endswith(".json") and file.read(1000).lstrip().startswith("["):
                 rows = from_json(path.read_text(**text))
-                rows = [rows] if isinstance(rows, str) else rows  # broken: one row that says so
+                if isinstance(rows, str):  # nobody knows how many rows were lost
+                    raise ValueError(f"{source}: {rows}")
             else:
                 file.seek(0)
                 where, rows = f"{source}:", (from_json(line) if line.strip() else ... for line in file)
@@ -249,10 +250,14 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
 # Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
 def from_json(text: str):
     """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
-    twice = "a key stands twice in one object: {}"
-    once = lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else twice.format([*dict(pairs)])
+
+    def each_key_once(pairs: list[tuple[str, object]]) -> dict | str:
+        names = [name for name, _ in pairs]
+        twice = [name for name in names if names.count(name) > 1]
+        return f"the key {twice[0]!r} stands twice in one object" if twice else dict(pairs)
+
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=each_key_once)
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
 

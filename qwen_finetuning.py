@@ -180,7 +180,7 @@ def parse_args(argv: list[str] | None = None) -> FinetuneConfig:
         cli.add_argument(f"--{f.name}", default=f.default, **(options | f.metadata))
     argv = sys.argv[1:] if argv is None else argv
     given, _ = cli.parse_known_args(argv)
-    file = given.config or given.demo and str(Path(__file__).with_name("configs") / "demo.yaml")
+    file = given.config or (str(Path(__file__).with_name("configs") / "demo.yaml") if given.demo else "")
     return FinetuneConfig(**vars(cli.parse_args((yaml_flags(file) if file else []) + argv)))
 
 
@@ -314,11 +314,11 @@ def set_defaults(tokenizer, system_prompt: str, thinking: str = "auto") -> None:
     """Write system prompt and thinking switch into the chat template, where every engine finds them.
     Where a template takes no system message (Gemma), the text goes before the first user's.
     """
-    template, prefix = tokenizer.get_chat_template(), ""  # of several by name, the default
+    template, prefix = tokenizer.chat_template, ""
     if any(token in system_prompt for token in tokenizer.all_special_tokens):
         raise ValueError("--system_prompt holds a control token of this model's tokenizer")
     if thinking != "auto":
-        if "enable_thinking" not in template:
+        if "enable_thinking" not in str(template):
             raise ValueError(f"--thinking {thinking}: this chat template has no enable_thinking to switch")
         prefix = f"{{%- set enable_thinking = {str(thinking == 'on').lower()} %}}"
     if system_prompt:  # a JSON string is a Jinja string too
@@ -334,7 +334,10 @@ def set_defaults(tokenizer, system_prompt: str, thinking: str = "auto") -> None:
         say("this chat template takes no system message: its text goes before the first user's")
         prefix += "{%- if messages[0]['role'] == 'system' %}{%- set messages = [{'role': 'user', 'content': "
         prefix += "messages[0].content + '\\n\\n' + messages[1].content}] + messages[2:] %}{%- endif %}"
-    tokenizer.chat_template = prefix + template
+    if isinstance(template, dict):  # several, by name: with tools the library takes tool_use
+        tokenizer.chat_template = {name: prefix + text for name, text in template.items()}
+    else:
+        tokenizer.chat_template = prefix + template
 
 
 def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
@@ -421,7 +424,8 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
                 rows = ("more cells than the header has" if None in row else row for row in rows)
             elif name.endswith(".json") and file.read(1000).lstrip().startswith("["):
                 rows = from_json(path.read_text(**text))
-                rows = [rows] if isinstance(rows, str) else rows  # broken: one row that says so
+                if isinstance(rows, str):  # nobody knows how many rows were lost
+                    raise ValueError(f"{source}: {rows}")
             else:
                 file.seek(0)
                 where, rows = f"{source}:", (from_json(line) if line.strip() else ... for line in file)
@@ -439,10 +443,14 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
 # Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
 def from_json(text: str):
     """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
-    twice = "a key stands twice in one object: {}"
-    once = lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else twice.format([*dict(pairs)])
+
+    def each_key_once(pairs: list[tuple[str, object]]) -> dict | str:
+        names = [name for name, _ in pairs]
+        twice = [name for name in names if names.count(name) > 1]
+        return f"the key {twice[0]!r} stands twice in one object" if twice else dict(pairs)
+
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=each_key_once)
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
 

@@ -97,8 +97,9 @@ def main(configs: list[FinetuneConfig]) -> None:
     first = os.environ.get("RANK", "0") == "0"  # of several processes the first speaks
     LOGGER.setLevel(logging.INFO if first else logging.ERROR)
     results = {TEXT_FORMATS[config.instruction_mode][0]: run_training(config) for config in configs}
-    for name, figures in results.items() if first else ():
-        print(f"{name:<12}" + " · ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    if first:
+        for name, figures in results.items():
+            print(f"{name:<12}" + " · ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     if len(results) == 2:
         losses = (figures["eval_loss"] for figures in results.values())
         LOGGER.info("两种格式的损失对比：instruction=%.4f, sft=%.4f", *losses)

@@ -161,6 +161,15 @@ def test_the_system_prompt_lies_in_the_template(capsys):
     )
 
 
+def test_of_several_templates_each_gets_the_system_prompt():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = dict.fromkeys(("default", "tool_use"), tokenizer.chat_template)
+    training.set_defaults(tokenizer, "Be brief.")
+    talk = [turn("user", "q")]
+    for tools in (None, TOOLS):  # with tools the library takes tool_use
+        assert "Be brief." in tokenizer.apply_chat_template(talk, tools=tools, tokenize=False)
+
+
 def test_a_template_of_the_folder_goes_onto_a_tokenizer(tmp_path):
     tokenizer = build_tokenizer(None)
     training.set_template(tokenizer, str(ROOT / "templates/qwen2_chatml.json"))

@@ -131,6 +131,12 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def path_of_its_own(monkeypatch):
+    """evaluate.py takes its folder out of sys.path; the next test needs it there."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
 def load_script(name: str):
     """A script as a module, to call its pure functions (`evaluate.py` hides the library of the same name)."""
     return importlib.import_module(name)

@@ -211,7 +211,8 @@ def test_in_a_terminal(tiny_adapter, tmp_path):
     screen.until("five")
     screen.type("\r")
     screen.until("\n")
-    time.sleep(0.5)
+    while len(screen.seen) < 60:  # the answer has begun
+        screen.seen += os.read(screen.fd, 4096)
     assert "[stopped]" in screen.interrupt()
     assert "[stopped]" not in screen.interrupt()  # all five lines were one message: no other is under way
     screen.type("/save talk.jsonl\r")

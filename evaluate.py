@@ -264,8 +264,10 @@ def mean_loss(model, examples: list[dict]) -> float:
     for example in tqdm(examples, desc="loss", disable=None, leave=False):
         ids, labels = (torch.tensor(example[key], device=model.device) for key in ("input_ids", "labels"))
         places = (labels[1:] != -100).nonzero().flatten()  # the logits at a place are for the token after it
+        first = int(places[0]) if len(places) else len(ids) - 1
         with torch.inference_mode():
-            logits = model(ids[None], logits_to_keep=places, use_cache=False).logits[0].float()
+            logits = model(ids[None], logits_to_keep=len(ids) - first, use_cache=False).logits[0]
+            logits = logits[places - first].float()
             total += torch.nn.functional.cross_entropy(logits, labels[places + 1], reduction="sum").item()
         count += len(places)
     return total / count if count else math.nan

@@ -733,6 +733,8 @@ def decide_targets(config: FinetuneConfig, skeleton) -> list[str] | str:
         return wanted
     there = {name.split(".")[-1] for name, m in skeleton.base_model.named_modules() if isinstance(m, linear)}
     if set(wanted) <= there:
+        if wanted == list(QWEN_LAYERS) and (rest := sorted(there - set(wanted))):
+            say(f"no adapter on {', '.join(rest)}; --lora_target_modules all-linear would take them too")
         return wanted
     names = ", ".join(sorted(there))
     if wanted not in (list(QWEN_LAYERS), ["all-linear"]):
@@ -850,6 +852,7 @@ def training_args(config: FinetuneConfig, plan: dict):
     logging_steps = max(min(config.logging_steps, plan["steps"] // 3), 1)
     log = {"logging_steps": logging_steps, "logging_nan_inf_filter": False, "disable_tqdm": True}
     log |= {"include_num_input_tokens_seen": "all", "report_to": config.trace}
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # of `accelerate config`; --dtype says it here
     args = SFTConfig(**settings, **rows, **device, **steps, **log, run_name=Path(config.output_dir).name)
     args._n_gpu = min(args.n_gpu, 1)  # without a launcher the Trainer would take all GPUs that it sees
     return args
@@ -858,20 +861,16 @@ def training_args(config: FinetuneConfig, plan: dict):
 def load_base(config: FinetuneConfig, stop_ids: set[int]):
     """The base model on this process's device, in NF4 (arXiv:2305.14314) for QLoRA."""
     import torch
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils import is_flash_attn_2_available
 
     cuda, dtype = torch.cuda.is_available(), getattr(torch, config.dtype)
+    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": config.trust_remote_code}
     place = {"": int(os.environ.get("LOCAL_RANK", 0)) if cuda else "cpu"}
-    flash = cuda and config.dtype == "bfloat16" and is_flash_attn_2_available()
-    remote = {"trust_remote_code": config.trust_remote_code}
-    text = AutoConfig.from_pretrained(config.model_name, **remote).get_text_config()
-    special = [getattr(text, name, None) for name in ("sliding_window", "attn_logit_softcapping")]
-    AttentionInterface.register("by_rows", attend_by_rows)
-    attention = "flash_attention_2" if flash else None if cuda or any(special) else "by_rows"  # None: SDPA
-    options = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True} | remote
-    options["device_map"] = None if is_deepspeed_zero3_enabled() else place
+    options["device_map"] = None if (zero3 := is_deepspeed_zero3_enabled()) else place
+    if zero3 and config.load_in_4bit:
+        raise ValueError("ZeRO-3 does not spread a base in 4 bits: pass --no-load_in_4bit")
     if config.load_in_4bit:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
@@ -883,6 +882,15 @@ def load_base(config: FinetuneConfig, stop_ids: set[int]):
         # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit layer at its first forward in eval mode;
         # from then on the loss looks right and gradients are 0: one evaluation would end all learning.
         module.support_avx512bf16_for_cpu = False
+    other = getattr(model, "_compatible_flash_implementations", None)  # some models want another one
+    flash = is_flash_attn_2_available() and model._supports_flash_attn and not other
+    text = model.config.get_text_config()
+    special = [getattr(text, name, None) for name in ("sliding_window", "attn_logit_softcapping")]
+    if cuda and flash and config.dtype == "bfloat16":
+        model.set_attn_implementation("flash_attention_2")
+    elif not cuda and model._supports_attention_backend and not any(special):
+        AttentionInterface.register("by_rows", attend_by_rows)
+        model.set_attn_implementation("by_rows")
     own = model.generation_config.eos_token_id
     own = {own} if isinstance(own, int) else set(own or ())
     model.generation_config.eos_token_id = sorted(stop_ids | own)
@@ -926,7 +934,33 @@ def build_trainer(config: FinetuneConfig, args, model, tokenizer, data: dict, pl
     if config.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     cast_adapter(trainer.model)
+    if not rows_stay_apart(trainer):
+        if config.packing:
+            raise ValueError("--packing: in this model rows that lie end to end would see each other")
+        say("rows are padded: in this model those that lie end to end would see each other")
+        trainer.data_collator.padding_free, base = False, trainer.model.get_base_model()
+        base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
     return trainer
+
+
+def rows_stay_apart(trainer) -> bool:
+    """Whether rows that lie end to end do not see each other: other tokens in the first of two must leave the
+    second one's logits as they are. In some models (gpt-oss, OPT) `position_ids` do not reach the mask."""
+    import torch
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():  # no weight is whole before training begins
+        return True
+    model, logits = trainer.model.eval(), []
+    for first in (range(8), range(8, 16)):
+        rows = [{"input_ids": list(ids), "labels": list(ids)} for ids in (first, range(8))]
+        batch = trainer._prepare_inputs(trainer.data_collator(rows))  # on the device
+        try:
+            with torch.no_grad():
+                logits.append(model(**batch, use_cache=False).logits[0, 8:].float())
+        except ValueError:  # Qwen3.5 and others need causal_conv1d for it
+            return False
+    return bool((logits[0] - logits[1]).abs().max() < 0.01 * logits[0].abs().max())
 
 
 def trainer_class() -> type:
@@ -941,7 +975,8 @@ def trainer_class() -> type:
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             """Mean of -log p over the supervised tokens. On a CPU TRL's head scores every position: with
             logits made only where there is a label a step takes two thirds of the time."""
-            if not self.args.use_cpu or return_outputs or self.aux_loss_enabled:
+            padded = "attention_mask" in inputs
+            if padded or not self.args.use_cpu or return_outputs or self.aux_loss_enabled:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             labels = inputs["labels"][0]  # the rows of a batch lie end to end in one
             places = (labels[1:] != -100).nonzero().flatten()
@@ -1005,18 +1040,19 @@ def trainer_class() -> type:
 
 
 def cast_adapter(model) -> None:
-    """Give the adapter the compute type of its base: bfloat16 beside bfloat16, else float32.
+    """Give the adapter the compute type of its base: bfloat16 beside bfloat16, else float32 (but for ZeRO-3).
 
     TRL makes it bfloat16 on 4-bit models, which float16's scaler can not handle; PEFT loads it as float32, so
     that a resumed run would go on in another precision. DoRA's magnitudes take steps too small for bfloat16.
     """
     import torch
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
-    small = model.get_input_embeddings().weight.dtype == torch.bfloat16
+    base, one_type = model.get_input_embeddings().weight.dtype, is_deepspeed_zero3_enabled()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            dtype = torch.bfloat16 if small and "magnitude" not in name else torch.float32
-            parameter.data = parameter.data.to(dtype)
+            small = one_type or base == torch.bfloat16 and "magnitude" not in name
+            parameter.data = parameter.data.to(base if small else torch.float32)
 
 
 def token_loss(trainer) -> float | None:

@@ -69,6 +69,7 @@ def sft_trainer(model: Path, folder: Path, four_bit: bool) -> tuple[float, list[
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
     config = settings(True, model)
@@ -77,8 +78,9 @@ def sft_trainer(model: Path, folder: Path, four_bit: bool) -> tuple[float, list[
     args = SFTConfig(str(folder / "trl"), disable_tqdm=True, **options)
     rows = load_dataset("json", data_files=str(folder / "data/train.jsonl"), split="train")
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=list(training.QWEN_LAYERS), task_type="CAUSAL_LM")
-    base = training.load_base(config, set())
-    base.set_attn_implementation("sdpa")  # its default, not ours
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4 = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=config.dtype)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=config.dtype, quantization_config=nf4)
     trainer = SFTTrainer(base, args=args, train_dataset=rows, peft_config=lora)
     trainer.train()
     return times_of(trainer.state.log_history)
@@ -146,8 +148,9 @@ def main() -> None:
     args = parser.parse_args()
     training.quiet_libraries()
     model, records = args.model.resolve(), [record for _, record in training.rows_of(str(args.data))]
-    found = [training.messages_of(record)[0] for record in records]
-    lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in found[: args.rows]]
+    system = [{"role": "system", "content": training.SYSTEM_PROMPT}]  # else it stood in our rows alone
+    found = [system + training.messages_of(record)[0] for record in records[: args.rows]]
+    lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in found]
     print(f"{args.data.name}, {model.name}, {settings(False).dtype}")
     for kind, name, peer in (("lora", "trl sft", trl_sft), ("qlora", "SFTTrainer", sft_trainer)):
         if args.only in (None, kind):

@@ -99,12 +99,15 @@ def test_a_run_learns_and_its_record_says_so(finished):
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [5, 10]  # 36 rows, 8 a step
 
 
-def test_the_reported_loss_equals_a_plain_loop(finished, tiny_qwen2):
+def test_the_reported_loss_equals_a_plain_loop(finished):
+    reported_loss_is_a_plain_loops(finished[0])
+
+
+def reported_loss_is_a_plain_loops(folder: Path) -> None:
     """-log p of each supervised token, one row at a time, on the adapter that was saved."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    folder, _ = finished
     model = AutoModelForCausalLM.from_pretrained(folder / "Qwen_finetuning_model", dtype=torch.float64)
     total, count = 0.0, 0
     for line in (folder / "outputs/held_out.jsonl").read_text().splitlines():
@@ -159,6 +162,29 @@ def test_gpt2_and_phi3_get_adapters_on_all_linear_layers(tmp_path, tiny_qwen2, m
         assert {target.split(".")[-1] for target in settings["target_modules"]} == layers
     with pytest.raises(ValueError, match="--lora_target_modules q_proj: this model has c_attn, c_fc, c_proj"):
         train(monkeypatch, tmp_path, tmp_path / "gpt2", "--overwrite", "--lora_target_modules", "q_proj")
+
+
+@pytest.mark.parametrize("kind", ["Falcon", "Qwen3_5Text", "StableLm"])
+def test_rows_that_a_model_does_not_keep_apart_are_padded(kind, tmp_path, monkeypatch, capsys):
+    """Falcon's mask takes no positions, Qwen3.5 wants a library; StableLM only does without `by_rows`."""
+    import transformers
+
+    tokenizer = build_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_jsonl(tmp_path / "data.jsonl", records(20))
+    train(monkeypatch, tmp_path, tmp_path / "model", "--max_steps", "2", "--eval_ratio", "0.3")
+    words = capsys.readouterr().err
+    assert ("no adapter on in_proj_a, in_proj_b" in words) == (kind == "Qwen3_5Text")
+    padded = "rows are padded: in this model" in words
+    assert padded == (kind != "StableLm")
+    reported_loss_is_a_plain_loops(tmp_path)
+    if padded:
+        with pytest.raises(ValueError, match="--packing: in this model rows"):
+            train(monkeypatch, tmp_path, tmp_path / "model", "--overwrite", "--packing")
 
 
 # -------------------------------------------------------------------- 4 bits, gradients, early ends

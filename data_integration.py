@@ -159,7 +159,7 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
             yield f"{source}, row {n}", row
 
 
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
+# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
 def from_json(text: str):
     """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
 

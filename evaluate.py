@@ -33,11 +33,11 @@ from types import SimpleNamespace
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 ALONE = re.compile("[\u3040-\u30ff\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\U0001f000-\U0001faff]")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # could steer a terminal; unlike line breaks and tabs
-SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool", "user": "user"}
-SPEAKERS |= {"assistant": "assistant", "system": "system", "tool": "tool"}
-KEPT = ("tool_calls", "reasoning_content", "name", "tool_call_id")  # of a turn, as in training
-NOT_JUDGED = {"history", "train", "loss", "function_call", "functions", "reasoning", "thinking"}
-NOT_JUDGED |= {"image", "images", "audio", "audios", "video", "videos"}
+NO_ANSWER = "the assistant says nothing"
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "tool": "tool"}
+ROLES |= {"observation": "tool", "function": "tool", "function_call": "call", "tool_call": "call"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+NOT_READ = ("image", "images", "audio", "audios", "video", "videos", "chosen", "rejected")
 REPORT = """<!DOCTYPE html><meta charset="utf-8"><title>{{ title }}</title>
 <style>td { border: 1px solid #ccc; padding: 0.4em; vertical-align: top; white-space: pre-wrap }</style>
 <h1>{{ title }}</h1><pre>{{ scores }}</pre><table>
@@ -156,8 +156,11 @@ def read_rows(path: str, skip: bool) -> dict[str, dict]:
     if not path.endswith((".jsonl", ".json")):
         raise ValueError(f"rows to judge by: {path!r} is no .jsonl or .json file; pass a --dataset_path")
     text, rows = Path(path).read_text(encoding="utf-8-sig"), {}
-    lines = map(json.dumps, json.loads(text)) if text.lstrip().startswith("[") else text.split("\n")
-    lines = [{"where": f"{path}:{n}", "line": line} for n, line in enumerate(lines, 1) if line.strip()]
+    parts = [text] if text.lstrip().startswith("[") else text.split("\n")
+    records = [from_json(part) if part.strip() else ... for part in parts]
+    if isinstance(records[0], list):
+        records = records[0]
+    lines = [{"where": f"{path}:{n}", "record": row} for n, row in enumerate(records, 1) if row is not ...]
     for row in usable(lines, row_of, skip):
         rows.setdefault(row["text"], row | {"examples": []})["examples"] += row["examples"]
     return rows
@@ -181,31 +184,115 @@ def usable(rows: list[dict], convert, skip: bool) -> list[dict]:
 
 def row_of(line: dict) -> dict:
     """A record as training writes it (`text`), its `messages` up to the last answer, `tools`, `examples`."""
-    record = json.loads(line["line"])
-    question = "\n补充信息：".join(record[key] for key in ("instruction", "input") if record.get(key))
-    pair = {"user": question, "assistant": record.get("output") or record.get("response")}
-    turns = [{"role": role, "content": text} for role, text in pair.items()]
-    turns = record.get("messages") or record.get("conversations") or turns
-    if record.get("system") and "system" not in (turns[0].get("role"), turns[0].get("from")):
-        turns = [{"role": "system", "content": record["system"]}, *turns]
-    used = {key for item in (record, *turns) for key, value in item.items() if value not in (None, "", [])}
-    if unread := sorted(NOT_JUDGED & used):
-        raise ValueError(f"{', '.join(unread)}: this is not read here")
-    messages, answered = [], 0
-    for turn in turns:
-        role = SPEAKERS.get(turn.get("role") or turn.get("from"))
-        message = {"role": role, "content": turn.get("content") or turn.get("value") or ""}
-        unlearnt = {"weight": 0} if role == "assistant" and turn.get("weight") == 0 else {}
-        messages.append(message | {key: turn[key] for key in KEPT if turn.get(key)} | unlearnt)
-        answered = len(messages) if role == "assistant" and not unlearnt else answered
-    said = [m["role"] == "tool" or m["role"] and (m["content"] or m.get("tool_calls")) for m in messages]
-    texts = all(isinstance(m["content"], str) for m in messages)  # parts have another digest in training
-    if not answered or not all(said) or not texts:
-        raise ValueError("expected messages with an assistant's answer, or instruction, input and output")
-    tools = record.get("tools") or []
-    row = {"text": json.dumps([messages, tools], ensure_ascii=False), "messages": messages[:answered]}
+    record, (messages, tools) = line["record"], messages_of(line["record"])
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
+    if not answers:
+        raise ValueError(NO_ANSWER)
+    text = json.dumps([messages, tools], ensure_ascii=False)
     stored = [{key: record[key] for key in ("input_ids", "labels")}] if "input_ids" in record else []
-    return row | {"tools": tools, "examples": stored}
+    return {"text": text, "messages": messages[: answers[-1] + 1], "tools": tools, "examples": stored}
+
+
+# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
+def from_json(text: str):
+    """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
+
+    def each_key_once(pairs: list[tuple[str, object]]) -> dict | str:
+        names = [name for name, _ in pairs]
+        twice = [name for name in names if names.count(name) > 1]
+        return f"the key {twice[0]!r} stands twice in one object" if twice else dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=each_key_once)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+
+
+# Same in: evaluate.py, qwen_finetuning.py
+def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
+    """A record of any shape as (chat messages, tools). Raises ValueError that says what is wrong with it."""
+    if not isinstance(record, dict):
+        raise ValueError(f"no JSON object: {str(record)[:200]}")
+    if not (turns := objects(record, "messages", "conversations")):
+        parts = text_of(record, "instruction", "prompt"), text_of(record, "input")
+        last = ["\n补充信息：".join(filter(None, parts)), text_of(record, "output", "response", "completion")]
+        if not any(last):
+            raise ValueError(f"unknown shape with keys {sorted(map(str, record))}")
+        for pair in [*objects(record, "history", kind=list), last]:
+            if len(pair) != 2:
+                raise ValueError("history is no list of pairs, question and answer")
+            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    if unread := [key for item in (record, *turns) for key in NOT_READ if item.get(key)]:
+        raise ValueError(f"{unread[0]!r} holds what can not be trained on here")
+    messages = [message_of(turn) for turn in turns]
+    told = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
+    system = text_of({"system": record.get("system"), "a system message": told}, "system", "a system message")
+    roles = [message["role"] for message in messages]
+    if roles[:1] != ["user"] or "assistant" not in roles or "system" in roles:
+        raise ValueError(f"roles are {roles}; expected user first, an assistant, system at the start alone")
+    tools = [tool.get("function", tool) for tool in objects(record, "tools", "functions")]
+    conversation = [{"role": "system", "content": system}] * bool(system) + messages
+    json.dumps([conversation, tools], ensure_ascii=False).encode()  # half a character is a ValueError
+    return conversation, [{"type": "function", "function": tool} for tool in tools]
+
+
+# Same in: evaluate.py, qwen_finetuning.py
+def message_of(turn: dict) -> dict:
+    """A turn as role and content; an assistant's may have tool_calls, reasoning_content, weight 0."""
+    name, weight = either(turn, "role", "from"), either(turn, "weight", "train", "loss")
+    role = ROLES.get(str(name).lower())
+    if role is None or weight not in (None, 0, 1):
+        raise ValueError(f"role {name!r} or weight {weight!r} is none of {', '.join(ROLES)}; 0, 1")
+    if role == "call":  # ShareGPT: the text of the turn is the call
+        role, turn = "assistant", {"tool_calls": either(turn, "content", "value")}
+    message = {"role": role, "content": text_of(turn, "content", "value")}
+    more = {"tool_calls": [call_of(call) for call in objects(turn, "tool_calls", "function_call")]}
+    more |= {"reasoning_content": text_of(turn, "reasoning_content", "reasoning", "thinking")}
+    more |= {"name": turn.get("name"), "tool_call_id": turn.get("tool_call_id")}
+    if role in ("user", "assistant") and not (message["content"] or more["tool_calls"]):
+        raise ValueError(NO_ANSWER if role == "assistant" else "the user says nothing")
+    message |= {key: value for key, value in more.items() if value}
+    return message | ({"weight": 0} if weight == 0 and role == "assistant" else {})
+
+
+# Same in: evaluate.py, qwen_finetuning.py
+def call_of(call: dict) -> dict:
+    """A tool call in OpenAI's form, with its arguments as an object."""
+    function = (objects(call, "function") or [call])[0]
+    if not (name := text_of(function, "name")):
+        raise ValueError("a tool call has no name")
+    function = {"name": name, "arguments": (objects(function, "arguments", "parameters") or [{}])[0]}
+    return {"type": "function", "function": function} | ({"id": call["id"]} if call.get("id") else {})
+
+
+# Same in: evaluate.py, qwen_finetuning.py
+def either(item: dict, *names: str):
+    """The value of that key of `names` that says something, or None. ValueError where two differ."""
+    said = [value for name in names if (value := item.get(name)) not in (None, [], {}) and str(value).strip()]
+    if any(value != said[0] for value in said):
+        raise ValueError(f"{' and '.join(names)} say different things")
+    return said[0] if said else None
+
+
+# Same in: evaluate.py, qwen_finetuning.py
+def text_of(item: dict, *names: str) -> str:
+    """`either` as text; a list of text parts is joined. ValueError for anything else."""
+    value = either(item, *names)
+    try:
+        return value if isinstance(value, str) else "".join(part["text"] for part in value or [])
+    except (TypeError, KeyError):
+        raise ValueError(f"{names[0]} is no text, nor a list of text parts: {str(value)[:80]}") from None
+
+
+# Same in: evaluate.py, qwen_finetuning.py
+def objects(item: dict, *names: str, kind: type = dict) -> list:
+    """`either` as a list of objects; one may stand alone, and all may be JSON text (in tables, ShareGPT)."""
+    value = either(item, *names) or []
+    value = from_json(value) if isinstance(value, str) else value
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not all(isinstance(part, kind) for part in value):
+        raise ValueError(f"{names[0]} is of no known form: {str(value)[:80]}")
+    return list(value)
 
 
 # Same in: chat.py, evaluate.py, inference.py

@@ -440,7 +440,7 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
             yield f"{source}, row {n}", row
 
 
-# Same in: data_integration.py, data_set_generation.py, qwen_finetuning.py
+# Same in: data_integration.py, data_set_generation.py, evaluate.py, qwen_finetuning.py
 def from_json(text: str):
     """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
 
@@ -455,6 +455,7 @@ def from_json(text: str):
         return f"not JSON: {error}"
 
 
+# Same in: evaluate.py, qwen_finetuning.py
 def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
     """A record of any shape as (chat messages, tools). Raises ValueError that says what is wrong with it."""
     if not isinstance(record, dict):
@@ -482,6 +483,7 @@ def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
     return conversation, [{"type": "function", "function": tool} for tool in tools]
 
 
+# Same in: evaluate.py, qwen_finetuning.py
 def message_of(turn: dict) -> dict:
     """A turn as role and content; an assistant's may have tool_calls, reasoning_content, weight 0."""
     name, weight = either(turn, "role", "from"), either(turn, "weight", "train", "loss")
@@ -500,6 +502,7 @@ def message_of(turn: dict) -> dict:
     return message | ({"weight": 0} if weight == 0 and role == "assistant" else {})
 
 
+# Same in: evaluate.py, qwen_finetuning.py
 def call_of(call: dict) -> dict:
     """A tool call in OpenAI's form, with its arguments as an object."""
     function = (objects(call, "function") or [call])[0]
@@ -509,6 +512,7 @@ def call_of(call: dict) -> dict:
     return {"type": "function", "function": function} | ({"id": call["id"]} if call.get("id") else {})
 
 
+# Same in: evaluate.py, qwen_finetuning.py
 def either(item: dict, *names: str):
     """The value of that key of `names` that says something, or None. ValueError where two differ."""
     said = [value for name in names if (value := item.get(name)) not in (None, [], {}) and str(value).strip()]
@@ -517,6 +521,7 @@ def either(item: dict, *names: str):
     return said[0] if said else None
 
 
+# Same in: evaluate.py, qwen_finetuning.py
 def text_of(item: dict, *names: str) -> str:
     """`either` as text; a list of text parts is joined. ValueError for anything else."""
     value = either(item, *names)
@@ -526,6 +531,7 @@ def text_of(item: dict, *names: str) -> str:
         raise ValueError(f"{names[0]} is no text, nor a list of text parts: {str(value)[:80]}") from None
 
 
+# Same in: evaluate.py, qwen_finetuning.py
 def objects(item: dict, *names: str, kind: type = dict) -> list:
     """`either` as a list of objects; one may stand alone, and all may be JSON text (in tables, ShareGPT)."""
     value = either(item, *names) or []

@@ -162,6 +162,16 @@ def test_what_a_record_trains(real):
             assert qwen3.decode(example["input_ids"][:start]).endswith("<|im_start|>assistant\n"), name
 
 
+@pytest.mark.parametrize("name", USED)
+def test_evaluate_reads_what_training_stores(name):
+    """A trained row is recognised in any shape, by its digest: reading what was stored changes nothing."""
+    messages, tools = training.messages_of(USED[name][0])
+    for record in (USED[name][0], {"messages": messages, "tools": tools}):
+        row = load_script("evaluate").row_of({"record": record})
+        assert row["text"] == json.dumps([messages, tools], ensure_ascii=False)
+        assert row["messages"][-1]["role"] == "assistant"
+
+
 def encodable(record: dict, qwen3) -> tuple:
     messages, tools = training.messages_of(record)
     return messages, qwen3, tools

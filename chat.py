@@ -6,8 +6,8 @@
 Writes  the answers to stdout; with /save FILE.jsonl the conversation, as a line that can be trained on:
         {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]}
 
-By default no three tokens come twice in an answer, and what it has said becomes less likely (penalty 1.3):
-small models go in circles less, but lists, tables, code and JSON are spoilt; for those take the second line.
+By default no three tokens come twice in an answer, and what it has said becomes less likely: small models go
+in circles less, but lists, tables, code and JSON are spoilt; for those take the second line.
 /compare asks the base model the last question, /system TEXT sets a system message (alone: the training's).
 Lines that are pasted, or stand between two lines of \"\"\", are one message and no command.
 """
@@ -20,6 +20,7 @@ import sys
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # could steer a terminal; unlike line breaks and tabs
@@ -60,10 +61,8 @@ def main(config: Config) -> None:
     if sys.stdin is None:
         raise ValueError("stdin is closed: there is nothing to answer")
     sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end a conversation
-    with suppress(ImportError):  # Windows has none
-        import readline
-
-        readline.parse_and_bind("set enable-bracketed-paste on")  # Python switches it off
+    with suppress(ImportError):  # Windows has none; Python switches off what tells a pasted text
+        import_module("readline").parse_and_bind("set enable-bracketed-paste on")
     talk = Talk(config, *load_model(config.model))
     print(HELP, file=sys.stderr)
     while True:
@@ -72,7 +71,10 @@ def main(config: Config) -> None:
             if line.lower() in ("exit", "quit"):
                 return
             if line == '"""':
-                talk.ask("\n".join(iter(input, '"""')))
+                lines = []
+                with suppress(EOFError):  # the end of a piped text closes it too
+                    lines.extend(iter(input, '"""'))
+                talk.ask("\n".join(lines))
             elif line.startswith("/") and "\n" not in line:  # a pasted text is no command
                 talk.obey(*line.split(maxsplit=1))
                 print("[done]", file=sys.stderr)
@@ -95,10 +97,10 @@ def load_model(name: str):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    cpu, cuda = torch.cpu.get_capabilities(), torch.cuda.is_available()
-    bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16
-    dtype = torch.bfloat16 if bfloat16 else torch.float16 if cuda else torch.float32
+    cpu, dtype = torch.cpu.get_capabilities(), torch.float32
+    dtype = torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else dtype
+    if torch.cuda.is_available():
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     options, run = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, {}
     adapter, record = Path(name, "adapter_config.json"), Path(name, "finetune_config.json")
     if adapter.is_file():
@@ -108,7 +110,7 @@ def load_model(name: str):
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
-    for module in model.modules() if run.get("use_dora") else ():
+    for module in model.modules() if run.get("use_dora") else []:
         module.support_avx512bf16_for_cpu = False  # else bitsandbytes repacks weights, which DoRA reads
     if Path(name, "generation_config.json").is_file():  # an adapter's own is not loaded by itself
         model.generation_config = transformers.GenerationConfig.from_pretrained(name)
@@ -136,10 +138,9 @@ class Talk:
             base.system, base.turns = self.system, self.turns[:-2]
             try:
                 base.generate(self.turns[-2])
-            finally:
-                for module in self.model.modules():  # the model's enable_adapters forgets modules_to_save
-                    if hasattr(module, "_disable_adapters"):
-                        module.enable_adapters(True)
+            finally:  # one by one: the model's enable_adapters forgets modules_to_save
+                for module in (m for m in self.model.modules() if hasattr(m, "_disable_adapters")):
+                    module.enable_adapters(True)
         elif command == "/save" and text.endswith(".jsonl") and self.turns:
             path = Path(text).expanduser()
             gap = "\n" * (path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"))  # a line left open
@@ -182,7 +183,7 @@ class Talk:
         prompt = torch.tensor([ids], device=self.model.device)
         options = {"attention_mask": torch.ones_like(prompt), "past_key_values": cache, "streamer": streamer}
         options |= {"logits_processor": penalties, "repetition_penalty": 1.0, "top_k": 0}
-        options |= {"do_sample": config.temperature > 0, "temperature": config.temperature}
+        options |= {"do_sample": config.temperature != 0, "temperature": config.temperature}
         options |= {"top_p": config.top_p, "max_new_tokens": config.max_new_tokens, "use_cache": True}
         try:
             output = self.model.generate(prompt, **options)[0].tolist()
@@ -199,13 +200,12 @@ class Talk:
         """Ids of the conversation with a question; where they outgrow the context, the oldest turns go."""
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31)
         options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
-        for dropped in range(0, len(self.turns) + 1, 2):
-            chat = [*self.system, *self.turns[dropped:], question]
-            ids = self.tokenizer.apply_chat_template(chat, **options)
+        for turns in (self.turns[n:] for n in range(0, len(self.turns) + 1, 2)):
+            ids = self.tokenizer.apply_chat_template([*self.system, *turns, question], **options)
             if len(ids) + self.config.max_new_tokens <= context:
-                if dropped:
+                if dropped := len(self.turns) - len(turns):
                     print(f"[context full: the {dropped} oldest messages are forgotten]", file=sys.stderr)
-                self.turns = self.turns[dropped:]
+                self.turns = turns
                 return ids
         raise ValueError(f"{len(ids)} tokens and the answer's are more than the {context} that fit")
 

@@ -16,6 +16,7 @@ import json
 import random
 import re
 import sys
+import zlib
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -28,6 +29,7 @@ MY_REPORT_DATA_PATH = "my_dataset.json"
 OUTPUT_FILE = "mixed_finetune_dataset.jsonl"
 FORMATS = {"instruction": "instruction", "messages": "messages", "sharegpt": "conversations"}
 FORMATS |= {"alpaca": "instruction", "qa": "input", "completion": "prompt"}  # format: a key that it has
+MIXING = {"total_samples", "ratios", "system", "output_file"}  # settings of the mix alone
 DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 ASKING = ("system", "developer", "user", "human", "tool", "observation", "function")  # roles with no answer
 
@@ -66,29 +68,34 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 def main(config: Config) -> None:
+    mixing = {f.name for f in fields(Config) if getattr(config, f.name) != f.default} & MIXING
+    if config.total_samples < 1 or config.input and mixing:
+        raise ValueError(f"--total_samples is 1 or more; --input goes without {' '.join(sorted(MIXING))}")
     paths = {"reports": config.my_report_data_path, "orca": config.orca_data_path}
     paths |= {"pubmed": config.pubmed_data_path, "input": config.input}
     shares = re.findall(r"(\S+)=(\d*\.?\d+)(?!\S)", " ".join(config.ratios))
     shares = {name: float(share) for name, share in shares if name in RATIOS}
     if len(shares) < len(config.ratios) or round(sum(shares.values()), 6) != 1:
-        raise ValueError(f"--ratios {shares}: the names are {', '.join(RATIOS)}, the shares add up to 1")
+        raise ValueError(
+            f"--ratios {' '.join(config.ratios)}: the names are {', '.join(RATIOS)}, the shares add up to 1"
+        )
     ratios = {"input": 1.0} if config.input else {name: share for name, share in shares.items() if share}
     own = re.sub(r"(?i)\.(jsonl?|csv|parquet)(\.gz)?$", "", Path(config.input).resolve().name)
     output = config.output or (f"data/processed/{own}.jsonl" if config.input else config.output_file)
-    for place in (output, config.parts_dir):
+    for place in (output, f"{output}.rejected.jsonl", config.parts_dir):
         if any(Path(place).resolve().is_relative_to(Path(paths[name]).resolve()) for name in ratios):
             raise ValueError(f"{place} is, or lies in, what is read; name another place for it")
-    rng, seen, rejects, turns = random.Random(config.seed), {}, [], []
+    rng, seen, rejects, order = random.Random(config.seed), {}, [], []
     table = {"source": ["asked", "found", "rejected", "duplicate", "written"]}
     for name, ratio in ratios.items():
         rows, rejected = read_and_convert(name, paths[name], config)
-        new = [row for row in rows if seen.setdefault(key_of(row), row) is row]
+        new = [row for row in rows if seen.setdefault(same_text(row), row) is row]  # the first one
         rng.shuffle(new)
-        turns += [(n / ratio, name, row) for n, row in enumerate(new)]  # the lowest make the mix
+        order += [(n / ratio, name, row) for n, row in enumerate(new)]  # so they stand in their ratios
         asked = "all" if config.input else round(config.total_samples * ratio)
         table[name] = [asked, len(rows), len(rejected), len(rows) - len(new)]
         rejects += rejected
-    mix = sorted(turns)[: None if config.input else config.total_samples]
+    mix = sorted(order)[: None if config.input else config.total_samples]
     rng.shuffle(mix)
     write_lines(f"{output}.rejected.jsonl", [json.dumps(reject).encode() + b"\n" for reject in rejects])
     if not mix:
@@ -116,9 +123,10 @@ def read_and_convert(name: str, source: str, config: Config) -> tuple[list[bytes
                 good.append(json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n")
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 file, sign, n = re.fullmatch(r"(?s)(.*)(:|, row )(\d+)", where).groups()
-                bad.append({"file": file, "line" if sign == ":" else "row": int(n), "reason": str(error)})
+                reason = str(error) if isinstance(error, ValueError) else repr(error)
+                bad.append({"file": file, "line" if sign == ":" else "row": int(n), "reason": reason})
         write_lines(part, [json.dumps(bad).encode() + b"\n", *good])
-    bad, *good = part.read_bytes().splitlines(keepends=True)
+    bad, *good = part.read_bytes().splitlines(keepends=True)  # the rejects are its first line
     return good, json.loads(bad)
 
 
@@ -139,7 +147,7 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
             where = f"{source}, row "
             if name.endswith(".csv"):
                 csv.field_size_limit(2**31 - 1)
-                rows = csv.DictReader(file)
+                rows = csv.DictReader(file, strict=True)
                 rows = ("more cells than the header has" if None in row else row for row in rows)
             elif name.endswith(".json") and file.read(1000).lstrip().startswith("["):
                 rows = from_json(path.read_text(**text))
@@ -148,14 +156,17 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
             else:
                 file.seek(0)
                 where, rows = f"{source}:", (from_json(line) if line.strip() else ... for line in file)
-            yield from ((f"{where}{n}", row) for n, row in enumerate(rows, 1) if row is not ...)
+            try:  # `...` is an empty line, None is JSON's null
+                yield from ((f"{where}{n}", row) for n, row in enumerate(rows, 1) if row is not ...)
+            except (EOFError, csv.Error, gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(f"{source}: damaged: {error}") from None
     else:
         from datasets import load_dataset
 
         kind = ["parquet", None, None, source] if name.endswith(".parquet") else source.split(":")
         no_nulls = lambda part: {key: value for key, value in part.items() if value is not None}
         for n, row in enumerate(load_dataset(*kind, split="train", streaming=streaming), 1):
-            row = json.loads(json.dumps(row, default=str), object_hook=no_nulls)  # each has every column
+            row = json.loads(json.dumps(row, default=str), object_hook=no_nulls)  # a table has all columns
             yield f"{source}, row {n}", row
 
 
@@ -163,10 +174,11 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
 def from_json(text: str):
     """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
 
-    def each_key_once(pairs: list[tuple[str, object]]) -> dict | str:
+    def each_key_once(pairs: list[tuple[str, object]]) -> dict:
         names = [name for name, _ in pairs]
-        twice = [name for name in names if names.count(name) > 1]
-        return f"the key {twice[0]!r} stands twice in one object" if twice else dict(pairs)
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the key {twice[0]!r} stands twice in {str(pairs)[:80]}")
+        return dict(pairs)
 
     try:
         return json.loads(text, object_pairs_hook=each_key_once)
@@ -175,33 +187,44 @@ def from_json(text: str):
 
 
 def converted(row: dict | str, name: str, config: Config) -> dict:
-    """The row as it is, PubMedQA's as a record. ValueError for another format or an empty answer."""
+    """`answered`; a row of one's own has the shape of --format, or of any. ValueError for another."""
+    row, keys = answered(row, name, config.system), set(FORMATS.values())
+    keys = keys if config.format == "auto" else {FORMATS[config.format]}
+    if not any(row.get(key) for key in keys) and name in ("reports", "input"):
+        raise ValueError(f"no {' or '.join(sorted(keys))} in it; its keys are {list(row)}")
+    return row
+
+
+# Same in: data_integration.py, data_set_generation.py
+def answered(row: dict | str, name: str, system: str) -> dict:
+    """The row as it is, PubMedQA's as a record. Raises ValueError where an answer is missing or empty."""
     if not isinstance(row, dict):
         raise ValueError(f"no JSON object: {row}")
     if name == "pubmed":
-        said = row["long_answer"] and "\n\nConclusion: ".join([row["long_answer"], row["final_decision"]])
+        said = row["long_answer"] and f"{row['long_answer']}\n\nConclusion: {row['final_decision']}"
         row = {"instruction": row["question"], "input": "\n".join(row["context"]["contexts"]), "output": said}
-    keys = set(FORMATS.values()) if config.format == "auto" else {FORMATS[config.format]}
-    if not any(row.get(key) for key in keys) and name in ("reports", "input"):
-        raise ValueError(f"no {' or '.join(sorted(keys))} in it; its keys are {list(row)}")
     answer = row.get("output") or row.get("response") or row.get("completion")
     turns = row.get("messages") or row.get("conversations") or [{"content": answer}]
     turns = from_json(turns) if isinstance(turns, str) else turns  # in a table it is text
-    if name == "orca" and config.system == "drop":
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"its turns are no list of objects: {str(turns)[:80]}")
+    if name == "orca" and system == "drop":
         row["conversations"] = [turn for turn in turns if turn["from"] != "system"]
     answers = [turn for turn in turns if str(turn.get("role") or turn.get("from")).lower() not in ASKING]
     answers = [turn.get("content") or turn.get("value") or turn.get("tool_calls") for turn in answers]
     if not answers or not all(str(answer or "").strip() for answer in answers):
-        raise ValueError("an answer is missing or empty")
+        raise ValueError(f"an answer is missing or empty; its keys are {list(row)}")
     return row
 
 
-def key_of(line: bytes) -> bytes:
-    """The same for rows that are equal but for case, white space and `source`."""
-    text = json.dumps(json.loads(line) | {"source": ""}, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(re.sub(r"\\[nrtf]|\s", "", text.casefold()).encode()).digest()
+# Same in: data_integration.py, data_set_generation.py
+def same_text(line: bytes) -> bytes:
+    """The same for all rows that are equal but for case, white space and `source`."""
+    text = json.dumps(json.loads(line) | {"source": None}, ensure_ascii=False, sort_keys=True).casefold()
+    return hashlib.blake2b(re.sub(r"(\\\\)|\\[nrtf]|\s", r"\1", text).encode(), digest_size=16).digest()
 
 
+# Same in: data_integration.py, data_set_generation.py
 def write_lines(path: str | Path, lines: list[bytes]) -> None:
     """Write a file beside its place and move it there whole: a killed run leaves the old or the new one."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +237,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
-    except (OSError, ValueError, EOFError) as error:  # a person's mistake or a file's
+    except (OSError, ValueError) as error:  # a person's mistake or a file's
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

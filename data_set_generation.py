@@ -20,6 +20,7 @@ import json
 import random
 import re
 import sys
+import zlib
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -89,9 +90,13 @@ class Config:
         if len(shares) < len(self.ratios) or round(sum(shares.values()), 6) != 1:
             raise ValueError(f"--ratios {self.ratios}: use name=number with {', '.join(FEEDS)}; sum 1")
         self.ratios = {name: share for name, share in shares.items() if share}
-        self.keywords = json.loads(Path(self.keywords).read_text("utf-8-sig")) if self.keywords else KEYWORDS
-        if not isinstance(self.keywords, dict) or self.keywords.keys() != KEYWORDS.keys():
-            raise ValueError(f"--keywords: expected an object with the lists of words {', '.join(KEYWORDS)}")
+        words = from_json(Path(self.keywords).read_text("utf-8-sig")) if self.keywords else KEYWORDS
+        lists = isinstance(words, dict) and all(isinstance(keys, list | tuple) for keys in words.values())
+        if not lists or words.keys() != KEYWORDS.keys():
+            raise ValueError(f"--keywords: expected lists of words {', '.join(KEYWORDS)}, not {words!r:.80}")
+        self.keywords = words
+        if self.total_samples < 1:
+            raise ValueError("--total_samples must be 1 or more")
 
 
 # Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py
@@ -108,16 +113,16 @@ def main(config: Config) -> None:
     paths = {"my_reports": config.my_report_data_path, "orca": config.orca_data_path}
     paths |= {"pubmed": config.pubmed_data_path, "stackexchange": config.stackexchange_data_path}
     asked = [(share, name) for share in config.ratios for name in FEEDS[share]]
-    for place in (config.output_file, config.parts_dir):
+    for place in (config.output_file, f"{config.output_file}.rejected.jsonl", config.parts_dir):
         if any(Path(place).resolve().is_relative_to(Path(paths[name]).resolve()) for _, name in asked):
             raise ValueError(f"{place} is, or lies in, a source; name another place for it")
     streams = {name: stream_records(name, paths[name], config) for _, name in asked}
     lines, rejects, counts = sample(streams, config)
     random.Random(config.seed).shuffle(lines)
-    replace_file(f"{config.output_file}.rejected.jsonl", rejects)
+    write_lines(f"{config.output_file}.rejected.jsonl", rejects)
     if not lines:
         raise ValueError(f"no row is of use; {config.output_file}.rejected.jsonl names the bad ones")
-    replace_file(config.output_file, lines)
+    write_lines(config.output_file, lines)
     columns = ("found", "rejected", "duplicate", "written")
     print(f"{'share':12}{'source':15}{'asked':>9}" + "".join(f"{column:>11}" for column in columns))
     for share, name in asked:
@@ -148,7 +153,7 @@ def sample(streams: dict[str, Iterator], config: Config) -> tuple[list[bytes], l
             else:
                 name, fits, line = row.split(b"\t", 2)
                 name, fits = name.decode(), fits.decode().split()
-                if not fits:
+                if fits == ["rejected"]:
                     rejects.append(line)
                     counts[share, name, "rejected"] += 1
                 elif wanted := [fit for fit in fits if fit in ratios]:
@@ -163,7 +168,7 @@ def sample(streams: dict[str, Iterator], config: Config) -> tuple[list[bytes], l
 
 
 def stream_records(name: str, source: str, config: Config) -> Iterator[bytes]:
-    """Yield a line for each row: source, shares that it fits, JSON. No share: the JSON tells what is bad."""
+    """Yield a line for each row of use: source, the shares that it fits, or "rejected", and JSON."""
     files = filter(Path.is_file, (Path(__file__), Path(source), *sorted(Path(source).rglob("*"))))
     state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     state += [source, config.seed, config.system, config.min_score, config.keywords]
@@ -175,21 +180,31 @@ def stream_records(name: str, source: str, config: Config) -> Iterator[bytes]:
     label = {"source": Path(source).name if Path(source).exists() else source}
     find = domain_finder(config.keywords)
     part.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{part}.new", "wb") as file:
-        for where, row in stream_of(source, config.seed):
-            try:
-                fits, record = converted_row(name, row, find, config)
-                line = json.dumps(label | record, ensure_ascii=False, default=str).encode()
-                if not fits:
-                    continue
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                place, _, number = where.replace(", row ", ":").rpartition(":")
-                reject = {"file": place, "line": int(number), "reason": str(error)}
-                fits, line = [], json.dumps(reject).encode()
-            line = f"{name}\t{' '.join(fits)}\t".encode() + line + b"\n"
-            file.write(line)
-            yield line
-    Path(f"{part}.new").replace(part)  # comes here only at the end of the source
+    passed = 0
+    try:
+        with open(f"{part}.new", "wb") as file:
+            for where, row in stream_of(source, config.seed):
+                try:
+                    fits, record = converted_row(name, row, find, config)
+                    if not fits:
+                        passed += 1
+                        continue
+                    line = json.dumps(label | record, ensure_ascii=False, default=str).encode()
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                    file_name, sign, n = re.fullmatch(r"(?s)(.*)(:|, row )(\d+)", where).groups()
+                    reason = str(error) if isinstance(error, ValueError) else repr(error)
+                    reject = {"file": file_name, "line" if sign == ":" else "row": int(n), "reason": reason}
+                    fits, line = ["rejected"], json.dumps(reject).encode()
+                line = f"{name}\t{' '.join(fits)}\t".encode() + line + b"\n"
+                file.write(line)
+                yield line
+        Path(f"{part}.new").replace(part)  # comes here only at the end of the source
+    finally:
+        Path(f"{part}.new").unlink(missing_ok=True)
+        if passed:
+            print(
+                f"{name}: {passed:,} rows had no keyword, or no answer that is good enough", file=sys.stderr
+            )
 
 
 def stream_of(source: str, seed: int) -> Iterator[tuple[str, dict | str]]:
@@ -227,7 +242,7 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
             where = f"{source}, row "
             if name.endswith(".csv"):
                 csv.field_size_limit(2**31 - 1)
-                rows = csv.DictReader(file)
+                rows = csv.DictReader(file, strict=True)
                 rows = ("more cells than the header has" if None in row else row for row in rows)
             elif name.endswith(".json") and file.read(1000).lstrip().startswith("["):
                 rows = from_json(path.read_text(**text))
@@ -236,14 +251,17 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
             else:
                 file.seek(0)
                 where, rows = f"{source}:", (from_json(line) if line.strip() else ... for line in file)
-            yield from ((f"{where}{n}", row) for n, row in enumerate(rows, 1) if row is not ...)
+            try:  # `...` is an empty line, None is JSON's null
+                yield from ((f"{where}{n}", row) for n, row in enumerate(rows, 1) if row is not ...)
+            except (EOFError, csv.Error, gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(f"{source}: damaged: {error}") from None
     else:
         from datasets import load_dataset
 
         kind = ["parquet", None, None, source] if name.endswith(".parquet") else source.split(":")
         no_nulls = lambda part: {key: value for key, value in part.items() if value is not None}
         for n, row in enumerate(load_dataset(*kind, split="train", streaming=streaming), 1):
-            row = json.loads(json.dumps(row, default=str), object_hook=no_nulls)  # each has every column
+            row = json.loads(json.dumps(row, default=str), object_hook=no_nulls)  # a table has all columns
             yield f"{source}, row {n}", row
 
 
@@ -251,10 +269,11 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
 def from_json(text: str):
     """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
 
-    def each_key_once(pairs: list[tuple[str, object]]) -> dict | str:
+    def each_key_once(pairs: list[tuple[str, object]]) -> dict:
         names = [name for name, _ in pairs]
-        twice = [name for name in names if names.count(name) > 1]
-        return f"the key {twice[0]!r} stands twice in one object" if twice else dict(pairs)
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the key {twice[0]!r} stands twice in {str(pairs)[:80]}")
+        return dict(pairs)
 
     try:
         return json.loads(text, object_pairs_hook=each_key_once)
@@ -262,49 +281,62 @@ def from_json(text: str):
         return f"not JSON: {error}"
 
 
+def converted_row(name: str, row: dict | str, find, config: Config) -> tuple[list[str], dict]:
+    """(shares that a row fits, none if it is of no use; record). ValueError for one without an answer."""
+    if name == "stackexchange" and isinstance(row, dict):
+        return from_stackexchange(row, find, config.min_score)
+    row = answered(row, name, config.system)
+    if not any(row.get(key) for key in ("messages", "conversations", "instruction", "input", "prompt")):
+        raise ValueError(f"unknown shape with keys {list(row)}")
+    return ["bio" if name == "pubmed" else name], row
+
+
+# Same in: data_integration.py, data_set_generation.py
+def answered(row: dict | str, name: str, system: str) -> dict:
+    """The row as it is, PubMedQA's as a record. Raises ValueError where an answer is missing or empty."""
+    if not isinstance(row, dict):
+        raise ValueError(f"no JSON object: {row}")
+    if name == "pubmed":
+        said = row["long_answer"] and f"{row['long_answer']}\n\nConclusion: {row['final_decision']}"
+        row = {"instruction": row["question"], "input": "\n".join(row["context"]["contexts"]), "output": said}
+    answer = row.get("output") or row.get("response") or row.get("completion")
+    turns = row.get("messages") or row.get("conversations") or [{"content": answer}]
+    turns = from_json(turns) if isinstance(turns, str) else turns  # in a table it is text
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"its turns are no list of objects: {str(turns)[:80]}")
+    if name == "orca" and system == "drop":
+        row["conversations"] = [turn for turn in turns if turn["from"] != "system"]
+    answers = [turn for turn in turns if str(turn.get("role") or turn.get("from")).lower() not in ASKING]
+    answers = [turn.get("content") or turn.get("value") or turn.get("tool_calls") for turn in answers]
+    if not answers or not all(str(answer or "").strip() for answer in answers):
+        raise ValueError(f"an answer is missing or empty; its keys are {list(row)}")
+    return row
+
+
+# Same in: data_integration.py, data_set_generation.py
 def same_text(line: bytes) -> bytes:
-    """The same for all rows that are equal but for case, white space and source."""
-    record = json.dumps(json.loads(line) | {"source": None}, ensure_ascii=False, sort_keys=True).casefold()
-    return hashlib.blake2b(re.sub(r"\\[nrtf]|\s", "", record).encode(), digest_size=16).digest()
+    """The same for all rows that are equal but for case, white space and `source`."""
+    text = json.dumps(json.loads(line) | {"source": None}, ensure_ascii=False, sort_keys=True).casefold()
+    return hashlib.blake2b(re.sub(r"(\\\\)|\\[nrtf]|\s", r"\1", text).encode(), digest_size=16).digest()
 
 
-def replace_file(path: str, lines: list[bytes]) -> None:
-    """Write beside `path`, then move it there in one step."""
+# Same in: data_integration.py, data_set_generation.py
+def write_lines(path: str | Path, lines: list[bytes]) -> None:
+    """Write a file beside its place and move it there whole: a killed run leaves the old or the new one."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.partial", "wb") as file:
         file.writelines(lines)
     Path(f"{path}.partial").replace(path)
 
 
-def converted_row(name: str, row: dict | str, find, config: Config) -> tuple[list[str], dict]:
-    """(shares that a row fits, none if it is of no use; record). ValueError for one without an answer."""
-    if not isinstance(row, dict):
-        raise ValueError(f"no JSON object: {row}")
-    if name == "stackexchange":
-        return from_stackexchange(row, find, config.min_score)
-    if name == "pubmed":
-        text = row["long_answer"] and "\n\nConclusion: ".join([row["long_answer"], row["final_decision"]])
-        row = {"instruction": row["question"], "input": "\n".join(row["context"]["contexts"]), "output": text}
-    if not any(row.get(key) for key in ("messages", "conversations", "instruction", "input", "prompt")):
-        raise ValueError(f"unknown shape with keys {list(row)}")
-    answer = row.get("output") or row.get("response") or row.get("completion")
-    turns = row.get("messages") or row.get("conversations") or [{"content": answer}]
-    turns = from_json(turns) if isinstance(turns, str) else turns  # a table holds it as text
-    if name == "orca" and config.system == "drop":
-        row["conversations"] = [turn for turn in turns if turn["from"] != "system"]
-    said = [turn for turn in turns if str(turn.get("role") or turn.get("from")).lower() not in ASKING]
-    said = [turn.get("content") or turn.get("value") or turn.get("tool_calls") for turn in said]
-    if not said or not all(str(text or "").strip() for text in said):
-        raise ValueError("it has no answer, or an empty one")
-    return ["bio" if name == "pubmed" else name], row
-
-
 def from_stackexchange(post: dict, find, min_score: int) -> tuple[list[str], dict]:
     """(domains, record in Markdown) of a post and its accepted answer, or else that with the best score."""
+    if not post["answers"]:
+        raise ValueError("it has no answers")
     best = max(post["answers"], key=lambda answer: (answer["selected"] is True, int(answer["pm_score"])))
-    good = best["selected"] or int(best["pm_score"]) >= min_score
-    domains = good and find(unescape(re.sub(r"<[^<>]*>", " ", post["question"] + " " + best["text"])))
-    if not domains:
+    good = best["selected"] is True or int(best["pm_score"]) >= min_score
+    text = unescape(re.sub(r"<[^<>]*>", " ", post["question"] + " " + best["text"]))
+    if not good or not (domains := find(text)):
         return [], {}
     question, answer = markdown_of(post["question"]), markdown_of(best["text"])
     if not question or not answer:
@@ -329,7 +361,7 @@ def domain_finder(keywords: dict[str, list[str]]):
     cjk = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # where this text begins a word ends: AI芯片 holds AI
     letter, plain, signs = rf"[^\W{cjk}]", [], []
     for domain, keys in keywords.items():
-        for key in filter(None, (str(key or "").strip() for key in keys)):
+        for key in filter(None, (" ".join(str(key or "").split()) for key in keys)):
             if re.search(f"[{cjk}]", key):
                 plain.append(("text", key, domain))
             elif re.fullmatch(r"\w+([ -]\w+)*", key):
@@ -352,7 +384,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
-    except (OSError, ValueError, EOFError) as error:  # a person's mistake or a file's
+    except (OSError, ValueError) as error:  # a person's mistake or a file's
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

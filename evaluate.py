@@ -197,10 +197,11 @@ def row_of(line: dict) -> dict:
 def from_json(text: str):
     """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
 
-    def each_key_once(pairs: list[tuple[str, object]]) -> dict | str:
+    def each_key_once(pairs: list[tuple[str, object]]) -> dict:
         names = [name for name, _ in pairs]
-        twice = [name for name in names if names.count(name) > 1]
-        return f"the key {twice[0]!r} stands twice in one object" if twice else dict(pairs)
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the key {twice[0]!r} stands twice in {str(pairs)[:80]}")
+        return dict(pairs)
 
     try:
         return json.loads(text, object_pairs_hook=each_key_once)
@@ -304,10 +305,10 @@ def load_model(name: str):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    cpu, cuda = torch.cpu.get_capabilities(), torch.cuda.is_available()
-    bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16
-    dtype = torch.bfloat16 if bfloat16 else torch.float16 if cuda else torch.float32
+    cpu, dtype = torch.cpu.get_capabilities(), torch.float32
+    dtype = torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else dtype
+    if torch.cuda.is_available():
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     options, run = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, {}
     adapter, record = Path(name, "adapter_config.json"), Path(name, "finetune_config.json")
     if adapter.is_file():
@@ -317,7 +318,7 @@ def load_model(name: str):
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
-    for module in model.modules() if run.get("use_dora") else ():
+    for module in model.modules() if run.get("use_dora") else []:
         module.support_avx512bf16_for_cpu = False  # else bitsandbytes repacks weights, which DoRA reads
     if Path(name, "generation_config.json").is_file():  # an adapter's own is not loaded by itself
         model.generation_config = transformers.GenerationConfig.from_pretrained(name)

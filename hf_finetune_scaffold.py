@@ -4,12 +4,14 @@
     python hf_finetune_scaffold.py --data my_records.jsonl --epochs 3 --gradient_checkpointing
 
 Reads   JSONL, a record a line: {"instruction": "译成中文", "input": "The lamp is on.", "output": "灯亮着。"}
-Writes  to --output the model with its tokenizer, checkpoint-*, trainer_state.json, lora_rank_error.png and
+Writes  to --output the model with its tokenizer, trainer_state.json, lora_rank_error.png and
         lora_rank_error.json: {"ranks": [1, ...], "projections": {"self_attn.q_proj": {"median": [0.9, ...]}}}
 """
 
 import json
+import logging
 import math
+import os
 import re
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
@@ -22,7 +24,7 @@ EXAMPLE_DATA = Path("outputs/examples_translation_en_zh.jsonl")
 SMALL_MODEL = "models/SmolLM2-135M-Instruct"  # what qwen_finetuning.py --demo leaves
 KEYS = ("instruction", "input", "output")
 RANKS = range(1, 129)  # LoRA ranks to judge
-SHORT_FLAGS = ("data", "model", "output", "lr", "batch", "epochs")  # for the first six settings
+SHORT_FLAGS = ("data", "model", "output", "lr", "batch", "epochs")  # of the first six settings
 TRANSLATIONS = """
 The lamp is on. = 灯亮着。 | He left early. = 他走得早。 | It snowed. = 下雪了。 | It is free. = 免费的。
 The soup is hot. = 汤很烫。 | Speak slowly. = 说慢一点。 | Read it. = 读一读。 | The cat sleeps. = 猫在睡。
@@ -71,8 +73,8 @@ def parse_args(argv: list[str] | None = None) -> CliConfig:
 
 def main() -> None:
     config = parse_args()
-    if config.num_train_epochs < 1 or config.max_length < 32:
-        raise ValueError("--epochs must be 1 or more, --max_length 32 or more")
+    if min(config.num_train_epochs, config.batch_size) < 1 or config.max_length < 32:
+        raise ValueError("--epochs and --batch must be 1 or more, --max_length 32 or more")
     # 1. Formatting and joining: records from a file, of which some are held out
     if config.data_path == EXAMPLE_DATA and not EXAMPLE_DATA.exists():
         write_example_data()
@@ -82,7 +84,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     # 2. Tokenizer and padding: each record as one text, each text as ids and labels
-    tokenizer, model = load_for_training(config.model_name)
+    tokenizer, model = load_for_training(config.model_name, config.max_length)
     train, test = (tokenize_dataset(p, tokenizer, config.max_length, config.dynamic_padding) for p in parts)
     # 3. Training arguments
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -98,7 +100,7 @@ def main() -> None:
         use_cpu=on_cpu,
         bf16=bf16,  # only the arithmetic, where the device has it; weights stay float32
         logging_steps=1,
-        save_strategy="epoch",
+        save_strategy="no",  # saved at the end, without AdamW's moments, which are twice the model's size
         include_num_input_tokens_seen="all",  # padding too: what --dynamic_padding saves
     )
     # 4. Trainer: its collator pads the rows of a batch to one length, their labels with -100
@@ -139,6 +141,8 @@ def load_dataset(path: Path, skip_bad_rows: bool = False):
             continue
         try:
             record = {"input": ""} | {key: text for key, text in json.loads(line).items() if text is not None}
+            if unread := [key for key in ("system", "history", "messages") if record.get(key)]:
+                raise ValueError(f"{', '.join(unread)} would not be trained on")
             wrong = [key for key in KEYS if not isinstance(record.get(key), str)]
             if wrong or not record["output"].strip():
                 raise ValueError(f"{', '.join(wrong) or 'output'} is missing, empty or no text")
@@ -216,24 +220,32 @@ def rank_errors(update) -> list[float]:
     return [errors[r] if r < len(errors) else 0.0 for r in RANKS]
 
 
-def load_for_training(name: str):
+# Same in: hf_finetune_scaffold.py, sft_basics.py
+def load_for_training(name: str, max_length: int):
     """(tokenizer, float32 model). Raises ValueError in one line where it can not be read or does not fit."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its notes come with its import
     import psutil
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
     try:
+        base, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         with torch.device("meta"):  # shapes alone; 16 bytes a parameter: weight, gradient, two AdamW moments
-            need = 16 * AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)).num_parameters()
+            need = 16 * AutoModelForCausalLM.from_config(base).num_parameters()
         if need > free:
             raise ValueError(f"training takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free.")
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        if max_length > (positions := getattr(base, "max_position_embeddings", max_length)):
+            raise ValueError(f"it has {positions} positions, --max_length is {max_length}.")
+        if tokenizer.eos_token is None:
+            raise ValueError("its tokenizer has no EOS token, by which a text ends.")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{name}: {' '.join(str(error).split())} Try --model {SMALL_MODEL}") from None
+        raise ValueError(f"{name}: {' '.join(str(error).split())} Try --model_name {SMALL_MODEL}") from None
     return tokenizer, model
 
 

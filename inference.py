@@ -24,6 +24,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # could steer a terminal; unlike line breaks and tabs
+REFUSED = {"prompt", "history", "conversations", "functions", "images", "image", "audio", "video"}
+REFUSED |= {"answer", "ended"}  # these two are written
 INSTRUCTION = "用三句话解释什么是LoRA微调，以及它为什么节省显存。"
 
 
@@ -49,6 +51,12 @@ class Config:
     top_p: float = setting(0.9, "with a temperature: sample from the likeliest tokens up to this share")
     seed: int = setting(3407, "with a temperature: the same seed gives the same answer")
 
+    def __post_init__(self) -> None:
+        if min(self.max_new_tokens, self.batch_size) < 1:
+            raise ValueError("--max_new_tokens and --batch_size are 1 or more")
+        if self.input_file and (self.input or self.instruction != INSTRUCTION):
+            raise ValueError("--input_file brings the questions: leave --instruction and --input out")
+
 
 # Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py
 def parse_args(argv: list[str] | None = None) -> Config:
@@ -70,9 +78,10 @@ def main(config: Config) -> None:
         return answer_file(config, model, tokenizer)
     instruction = sys.stdin.read().strip() if config.instruction == "-" else config.instruction
     prompt = prompt_of({"instruction": instruction, "input": config.input}, config, tokenizer)
-    streamer, started = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), time.monotonic()
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     show = streamer.on_finalized_text
     streamer.on_finalized_text = lambda text, stream_end=False: show(CONTROL.sub("\ufffd", text), stream_end)
+    started = time.monotonic()
     [(_, tokens, ended)] = answers_to([prompt], config, model, tokenizer, streamer=streamer)
     speed = tokens / (time.monotonic() - started)
     print(f"{tokens} tokens, {speed:.1f} tokens/s, {ended}", file=sys.stderr)
@@ -87,10 +96,10 @@ def load_model(name: str):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    cpu, cuda = torch.cpu.get_capabilities(), torch.cuda.is_available()
-    bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16
-    dtype = torch.bfloat16 if bfloat16 else torch.float16 if cuda else torch.float32
+    cpu, dtype = torch.cpu.get_capabilities(), torch.float32
+    dtype = torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else dtype
+    if torch.cuda.is_available():
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     options, run = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, {}
     adapter, record = Path(name, "adapter_config.json"), Path(name, "finetune_config.json")
     if adapter.is_file():
@@ -100,7 +109,7 @@ def load_model(name: str):
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
-    for module in model.modules() if run.get("use_dora") else ():
+    for module in model.modules() if run.get("use_dora") else []:
         module.support_avx512bf16_for_cpu = False  # else bitsandbytes repacks weights, which DoRA reads
     if Path(name, "generation_config.json").is_file():  # an adapter's own is not loaded by itself
         model.generation_config = transformers.GenerationConfig.from_pretrained(name)
@@ -110,6 +119,8 @@ def load_model(name: str):
 
 def prompt_of(record: dict, config: Config, tokenizer) -> list[int]:
     """Token ids of a question that waits for its answer; control tokens that a person typed stay text."""
+    if unread := sorted(REFUSED & {key for key, value in record.items() if value}):
+        raise ValueError(f"{', '.join(unread)}: this is not read here")
     question = "\n补充信息：".join(record[key] for key in ("instruction", "input") if record.get(key))
     messages = list(record.get("messages") or [{"role": "user", "content": question}])
     while messages and messages[-1]["role"] == "assistant":  # a training record brings its answer along
@@ -122,7 +133,7 @@ def prompt_of(record: dict, config: Config, tokenizer) -> list[int]:
     options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
     if config.thinking != "auto":
         template = str(tokenizer.chat_template)
-        if "enable_thinking" not in template or "set enable_thinking" in template[:30]:
+        if "enable_thinking" not in template or template.startswith("{%- set enable_thinking"):
             raise ValueError("--thinking: the chat template has no enable_thinking, or the training fixed it")
         options["enable_thinking"] = config.thinking == "on"
     try:
@@ -142,7 +153,7 @@ def answers_to(prompts: list[list[int]], config: Config, model, tokenizer, strea
         return [answers_to([prompt], config, model, tokenizer)[0] for prompt in prompts]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-    options = {"do_sample": config.temperature > 0, "temperature": config.temperature, "top_p": config.top_p}
+    options = {"do_sample": config.temperature != 0, "temperature": config.temperature, "top_p": config.top_p}
     options |= {"top_k": 0, "repetition_penalty": 1.0, "use_cache": True}  # whatever the model's own are
     output = model.generate(**batch, **options, max_new_tokens=room, streamer=streamer)
     ends = model.generation_config.eos_token_id
@@ -160,8 +171,9 @@ def answer_file(config: Config, model, tokenizer) -> None:
     run goes on from there."""
     from tqdm import tqdm
 
-    records, prompts, done = [], {}, {}  # prompts and answers by all that an answer depends on
-    same = [config.model, config.max_new_tokens, config.temperature, config.top_p, config.seed]
+    records, prompts, done = [], {}, {}  # both by number, prompt ids and settings
+    weights = [path.stat().st_mtime_ns for path in sorted(Path(config.model).glob("*.safetensors"))]
+    same = [config.model, weights, config.max_new_tokens, config.temperature, config.top_p, config.seed]
     for n, line in enumerate(Path(config.input_file).read_text(encoding="utf-8-sig").split("\n"), 1):
         try:
             if line.strip():

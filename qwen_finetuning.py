@@ -35,6 +35,7 @@ import sys
 import tempfile
 import unicodedata
 import warnings
+import zlib
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Iterator
@@ -420,7 +421,7 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
             where = f"{source}, row "
             if name.endswith(".csv"):
                 csv.field_size_limit(2**31 - 1)
-                rows = csv.DictReader(file)
+                rows = csv.DictReader(file, strict=True)
                 rows = ("more cells than the header has" if None in row else row for row in rows)
             elif name.endswith(".json") and file.read(1000).lstrip().startswith("["):
                 rows = from_json(path.read_text(**text))
@@ -429,14 +430,17 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
             else:
                 file.seek(0)
                 where, rows = f"{source}:", (from_json(line) if line.strip() else ... for line in file)
-            yield from ((f"{where}{n}", row) for n, row in enumerate(rows, 1) if row is not ...)
+            try:  # `...` is an empty line, None is JSON's null
+                yield from ((f"{where}{n}", row) for n, row in enumerate(rows, 1) if row is not ...)
+            except (EOFError, csv.Error, gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(f"{source}: damaged: {error}") from None
     else:
         from datasets import load_dataset
 
         kind = ["parquet", None, None, source] if name.endswith(".parquet") else source.split(":")
         no_nulls = lambda part: {key: value for key, value in part.items() if value is not None}
         for n, row in enumerate(load_dataset(*kind, split="train", streaming=streaming), 1):
-            row = json.loads(json.dumps(row, default=str), object_hook=no_nulls)  # each has every column
+            row = json.loads(json.dumps(row, default=str), object_hook=no_nulls)  # a table has all columns
             yield f"{source}, row {n}", row
 
 
@@ -444,10 +448,11 @@ def rows_of(source: str, streaming: bool = False) -> Iterator[tuple[str, dict | 
 def from_json(text: str):
     """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
 
-    def each_key_once(pairs: list[tuple[str, object]]) -> dict | str:
+    def each_key_once(pairs: list[tuple[str, object]]) -> dict:
         names = [name for name, _ in pairs]
-        twice = [name for name in names if names.count(name) > 1]
-        return f"the key {twice[0]!r} stands twice in one object" if twice else dict(pairs)
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the key {twice[0]!r} stands twice in {str(pairs)[:80]}")
+        return dict(pairs)
 
     try:
         return json.loads(text, object_pairs_hook=each_key_once)
@@ -1171,7 +1176,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
-    except (OSError, EOFError) as error:  # a file's or the network's fault, in the library's words
+    except OSError as error:  # a file's or the network's fault, in the library's words
         sys.exit(f"error: {' '.join(str(error).split())}")
     except ValueError as error:  # a person's; a bug keeps its traceback
         sys.exit(f"error: {error}")

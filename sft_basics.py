@@ -76,8 +76,10 @@ class FinetuneConfig:
     eval_ratio: float = setting(0.0, "share of rows held out; 0 evaluates on the training rows")
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1 or self.max_length < 32:  # the Trainer takes 0 steps for "three epochs"
-            raise ValueError("--max_steps must be 1 or more, --max_length 32 or more")
+        if min(self.max_steps, self.batch_size) < 1 or self.max_length < 32:
+            raise ValueError("--max_steps and --batch_size must be 1 or more, --max_length 32 or more")
+        if not 0 <= self.eval_ratio < 1:
+            raise ValueError("--eval_ratio is a share, from 0 to below 1")
 
 
 def parse_args(argv: list[str] | None = None) -> list[FinetuneConfig]:
@@ -110,11 +112,11 @@ def run_training(config: FinetuneConfig) -> dict[str, float]:
     import torch
     import transformers
 
-    texts = test_texts = build_dataset(config)
+    texts = test_texts = build_dataset(config)  # the same rows, unless some are held out
     LOGGER.info("format chosen: instruction_mode=%s, first: %r", config.instruction_mode, texts["text"][0])
     if config.eval_ratio:
         texts, test_texts = texts.train_test_split(config.eval_ratio, seed=42).values()
-    tokenizer, model = load_fresh_model(config)
+    tokenizer, model = load_for_training(config.model_name, config.max_length)
     train, test = (tokenize(t, tokenizer, config.max_length, config.keep_eos) for t in (texts, test_texts))
     # The usual collator takes the label from each pad token. Where pad is EOS, an ending loses its own too.
     usual = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
@@ -145,6 +147,8 @@ def run_training(config: FinetuneConfig) -> dict[str, float]:
     with redirect_stdout(sys.stderr):  # where the Trainer's log belongs: stdout is for results
         trainer.train()
         eval_loss = trainer.evaluate()["eval_loss"]
+    if not eval_loss < 100:  # nan, too
+        raise ValueError(f"eval_loss {eval_loss}: the training ran away, try a smaller --learning_rate")
     LOGGER.info("training ended: eval_loss=%.4f", eval_loss)
     loss_after, stop = answer_figures(model, tokenizer, test_texts["text"])
     figures = {"eval_loss": eval_loss, "answer_loss_before": loss_before, "answer_loss": loss_after}
@@ -163,23 +167,28 @@ def build_dataset(config: FinetuneConfig):
     return Dataset.from_dict({"text": [form.format(**pair) for pair in EXAMPLE_PAIRS]})
 
 
-def load_fresh_model(config: FinetuneConfig):
+# Same in: hf_finetune_scaffold.py, sft_basics.py
+def load_for_training(name: str, max_length: int):
     """(tokenizer, float32 model). Raises ValueError in one line where it can not be read or does not fit."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its notes come with its import
     import psutil
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    name = config.model_name
     free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
     try:
+        base, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         with torch.device("meta"):  # shapes alone; 16 bytes a parameter: weight, gradient, two AdamW moments
-            need = 16 * AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)).num_parameters()
+            need = 16 * AutoModelForCausalLM.from_config(base).num_parameters()
         if need > free:
             raise ValueError(f"training takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free.")
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        if max_length > (positions := getattr(base, "max_position_embeddings", max_length)):
+            raise ValueError(f"it has {positions} positions, --max_length is {max_length}.")
+        if tokenizer.eos_token is None:
+            raise ValueError("its tokenizer has no EOS token, by which a text ends.")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:

@@ -148,8 +148,9 @@ def main() -> None:
     args = parser.parse_args()
     training.quiet_libraries()
     model, records = args.model.resolve(), [record for _, record in training.rows_of(str(args.data))]
-    system = [{"role": "system", "content": training.SYSTEM_PROMPT}]  # else it stood in our rows alone
-    found = [system + training.messages_of(record)[0] for record in records[: args.rows]]
+    found = [training.messages_of(record)[0] for record in records[: args.rows]]
+    system = [{"role": "system", "content": training.SYSTEM_PROMPT}]  # else it would stand in our rows alone
+    found = [system * (messages[0]["role"] != "system") + messages for messages in found]
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in found]
     print(f"{args.data.name}, {model.name}, {settings(False).dtype}")
     for kind, name, peer in (("lora", "trl sft", trl_sft), ("qlora", "SFTTrainer", sft_trainer)):

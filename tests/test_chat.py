@@ -164,6 +164,9 @@ def test_lines_from_a_pipe(tiny_adapter, tmp_path, monkeypatch, capsys):
     assert seen == [([], "你好"), (system, "Why?"), (system, "/reset\ntwo")]
     told = capsys.readouterr()
     assert told.out == "" and "[/nonsense  can not be done now." in told.err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'"""\nnot\nclosed\n')))
+    chat.main(chat.Config(model=str(tiny_adapter)))
+    assert seen[-1] == ([], "not\nclosed")
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(ValueError, match="stdin is closed"):
         chat.main(chat.Config())

@@ -157,9 +157,13 @@ def test_the_way_of_a_newcomer(tmp_path):
     table, last = done.stdout.splitlines()[1:]
     assert last == f"next: python qwen_finetuning.py --dataset_path {made}" and done.returncode == 0
     assert table.split() == ["input", "all", "2", "2", "1", "1"] and read(tmp_path / made) == [ALPACA]
-    reject = {"file": source, "row": 2, "reason": "an answer is missing or empty"}
     rejects = read(tmp_path / f"{made}.rejected.jsonl")
-    assert rejects[0] == reject and "surrogates not allowed" in rejects[1]["reason"] and len(rejects) == 2
+    assert (
+        rejects[0] == {"file": source, "row": 2, "reason": rejects[0]["reason"]}
+        and rejects[0]["reason"].startswith("an answer is missing or empty; its keys are ['instruction']")
+        and "surrogates not allowed" in rejects[1]["reason"]
+        and len(rejects) == 2
+    )
 
 
 def test_each_kind_of_file_in_a_folder_and_each_format(run):
@@ -185,6 +189,7 @@ def test_what_is_written_is_what_was_read(run):
     rows = [
         {"messages": [user, answer | more]} for more in ({"reasoning_content": "hm"}, {"weight": 0}, {"x": 1})
     ]
+    rows += [ALPACA | {"output": end} for end in ("\\n", "\\t")]  # a backslash and a letter, not a line break
     rows += [CALLS | {"id": n} for n in range(300)] + [ALPACA | {"history": [["a", "b"]], "system": "s"}]
     write_jsonl(Path("in.jsonl"), rows)
     written, _, _ = run("--input", "in.jsonl", "--output", "out.jsonl", output="out.jsonl")
@@ -195,6 +200,9 @@ def test_what_is_written_is_what_was_read(run):
     ("args", "words"),
     [
         (["--ratios", "orca=0.5"], "the shares add up to 1"),
+        (["--total_samples", "0"], "--total_samples is 1 or more"),
+        (["--input", "mine.jsonl", "--system", "drop"], "--input goes without output_file ratios system"),
+        (["--input", "m.jsonl.rejected.jsonl", "--output", "m.jsonl"], "m.jsonl.rejected.jsonl is, or lies"),
         (["--ratios", "web=1"], "the names are reports, orca, pubmed"),
         (["--input", "data", "--output", "o.jsonl"], "data/parts is, or lies in, what is read"),
         (["--input", "nowhere.json"], "No such file or directory: 'nowhere.json'"),

@@ -111,7 +111,7 @@ def test_bad_rows_are_named_and_good_ones_kept(build):
     rows, rejects, _ = build(*sources(orca="orca.jsonl"), "--total_samples", 100)
     assert {"source": "orca.jsonl", "prompt": "q", "completion": "a"} in rows
     reasons = {reject["line"]: reject["reason"] for reject in rejects}
-    assert reasons[1].startswith("it has no answer") and reasons[2].startswith("unknown shape")
+    assert reasons[1].startswith("an answer is missing") and "its keys are" in reasons[2]
 
 
 def test_the_hub_streams_and_sites_with_a_domain_come_first(build, monkeypatch):
@@ -149,7 +149,9 @@ def test_edited_keywords_and_a_file_of_them_act(build, tmp_path):
     [
         (["--ratios", "ai=0.5"], "sum 1"),
         (["--ratios", "ai=1", "junk"], "use name=number with my_reports, orca, bio, ai, ic"),
-        (["--keywords", "k.json"], "an object with the lists of words ai, ic, bio"),
+        (["--keywords", "k.json"], "expected lists of words ai, ic, bio"),
+        (["--keywords", "mine.jsonl"], "expected lists of words ai, ic, bio, not {'a': 1}"),
+        (["--total_samples", "0"], "--total_samples must be 1 or more"),
         (
             ["--output_file", "mine.jsonl", "--stackexchange_data_path", "mine.jsonl", "--ratios", "bio=1"],
             "mine.jsonl is, or lies in, a source",

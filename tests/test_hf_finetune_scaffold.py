@@ -39,17 +39,18 @@ def test_bad_lines_are_named_and_null_is_an_empty_input(tmp_path, capsys):
     good = ['{"instruction": "a", "output": "b"}', "", '{"instruction": "a", "input": null, "output": "b"}']
     bad = ["{", "[1]", '{"instruction": "a"}', '{"instruction": 1, "output": "b"}', "[" * 9999, "\udcff"]
     bad += ['{"instruction": "a", "output": " "}', '{"instruction": "a", "input": 0, "output": "b"}']
-    bad += [r'{"instruction": "a", "output": "\ud800"}']
+    bad += [r'{"instruction": "a", "output": "\ud800"}', '{"instruction": "a", "output": "b", "system": "s"}']
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(good + bad).encode(errors="surrogateescape"))
     with pytest.raises(ValueError) as caught:
         scaffold.load_dataset(path)
     *lines, last = str(caught.value).splitlines()
-    assert [line.split(": no record: ")[0] for line in lines] == [f"{path}:{n}" for n in range(4, 13)]
-    assert lines[2].endswith("output is missing, empty or no text") and last.startswith("9 bad lines")
+    assert [line.split(": no record: ")[0] for line in lines] == [f"{path}:{n}" for n in range(4, 14)]
+    assert lines[-1].endswith("system would not be trained on")
+    assert lines[2].endswith("output is missing, empty or no text") and last.startswith("10 bad lines")
     rows = scaffold.load_dataset(path, skip_bad_rows=True).to_list()
     assert rows == [{"instruction": "a", "input": "", "output": "b"}] * 2
-    assert "2 records, 9 bad lines left out" in capsys.readouterr().err
+    assert "2 records, 10 bad lines left out" in capsys.readouterr().err
     path.write_text("")
     with pytest.raises(ValueError, match="one record to train on"):
         scaffold.load_dataset(path)
@@ -102,7 +103,9 @@ def test_whole_run_on_the_example_data(tiny_gpt2, tmp_path, monkeypatch, capsys)
     data = scaffold.EXAMPLE_DATA.read_text(encoding="utf-8").splitlines()
     assert len({json.loads(line)["input"] for line in data}) == len(data) >= 40
     out = tmp_path / "outputs/hf_trainer"
-    assert {"model.safetensors", "tokenizer.json", "checkpoint-16"} < {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "trainer_state.json"} < {
+        path.name for path in out.iterdir()
+    }
     assert (out / "lora_rank_error.png").read_bytes().startswith(b"\x89PNG")
     *steps, loss = losses(out)
     assert len(steps) == 16 and sum(steps[-5:]) < sum(steps[:5]) - 1
@@ -127,13 +130,15 @@ def test_errors_are_one_line(tiny_qwen2, tmp_path, monkeypatch):
     process = run_script("hf_finetune_scaffold.py", "--data", "none.jsonl", cwd=tmp_path)
     assert process.returncode == 1
     assert process.stderr == "error: [Errno 2] No such file or directory: 'none.jsonl'\n"
-    with pytest.raises(ValueError, match="^Qwen/Qwen3-4b: We couldn't connect[^\n]* Try --model models/Smol"):
-        scaffold.load_for_training("Qwen/Qwen3-4b")
+    with pytest.raises(
+        ValueError, match="^Qwen/Qwen3-4b: We couldn't connect[^\n]* Try --model_name models/Smol"
+    ):
+        scaffold.load_for_training("Qwen/Qwen3-4b", 512)
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 2**20}))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="training takes 0.0 GiB, 0.0 GiB are free. Try --model"):
-        scaffold.load_for_training(str(tiny_qwen2))
-    with pytest.raises(ValueError, match="--epochs must be 1 or more"):
+        scaffold.load_for_training(str(tiny_qwen2), 512)
+    with pytest.raises(ValueError, match="--epochs and --batch must be 1 or more"):
         run(monkeypatch, "--epochs", 0)
 
 

@@ -110,8 +110,27 @@ def test_a_killed_run_goes_on(tmp_path, tiny_adapter, monkeypatch):
     assert not Path("a.jsonl").exists()
     with open("a.jsonl.partial", "a", encoding="utf-8") as file:
         file.write('["[4, [1')  # half a line, as a kill may leave it
+    killed = Path("a.jsonl.partial").read_text(encoding="utf-8")
     inference.main(config)
     assert calls == [2, 2, 2, 2] and Path("a.jsonl").read_text(encoding="utf-8").count("\n") == 6
+    Path("a.jsonl.partial").write_text(killed, encoding="utf-8")
+    (tiny_adapter / "adapter_model.safetensors").touch()  # another training, whose answers are others
+    inference.main(config)
+    assert calls == [2] * 7
+
+
+def test_what_would_be_dropped_or_overwritten_is_refused(tmp_path, tiny_adapter, ask, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for more in ({"answer": "mine"}, {"history": [["a", "b"]]}, {"prompt": "p"}):
+        write_jsonl(tmp_path / "q.jsonl", [{"instruction": "q"} | more])
+        with pytest.raises(SystemExit, match=f"q.jsonl:1: no question: {next(iter(more))}: this is not read"):
+            ask(tiny_adapter, "--input_file", "q.jsonl")
+    for flags, words in (
+        (["--batch_size", 0], "--batch_size are 1"),
+        (["--input", "x"], "leave --instruction"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            ask(tiny_adapter, "--input_file", "q.jsonl", *flags)
 
 
 def test_stdin_terminals_and_mistakes(tmp_path, tiny_adapter, ask, monkeypatch):

@@ -114,10 +114,15 @@ REFUSED = {
     "image_url": {"messages": [turn("user", [{"type": "image_url", "image_url": "x"}]), PAIR[1]]},
     "weight 0.5": {"messages": [PAIR[0], turn("assistant", "a", weight=0.5)]},
     "role 'critic' or weight None is none of": {"messages": [PAIR[0], turn("critic", "a")]},
-    "no JSON object: the key 'output' stands twice": training.from_json('{"output": "a", "output": "b"}'),
-    "messages is of no known form: .*stands twice": {
-        "messages": training.from_json('[{"role": "user", "role": "x"}]')
-    },
+    "no JSON object: not JSON: the key 'x' stands twice": training.from_json(
+        '{"instruction": "q", "output": {"x": 1, "x": 2}}'
+    ),
+    "no JSON object: not JSON: the key 'output' stands twice": training.from_json(
+        '{"output": "a", "output": "b"}'
+    ),
+    "no JSON object: .*the key 'role' stands twice in": training.from_json(
+        '{"messages": [{"role": "user", "role": "x"}]}'
+    ),
     "unknown shape with keys": {"question": "q", "answer": "a"},
     "output and response and completion say different things": {
         "instruction": "q",
@@ -246,6 +251,14 @@ def test_broken_files(tmp_path):
     (tmp_path / "b.json").write_text('[{"a": 1},\n{"a": 2]')
     with pytest.raises(ValueError, match="b.json: not JSON: .*line 2"):
         list(training.rows_of(str(tmp_path / "b.json")))
+    whole = gzip.compress(b'{"a": 1}\n' * 9999)
+    for name, damaged in {"d": whole[:-30], "e": whole[:40] + b"???" + whole[43:]}.items():
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{name}.jsonl.gz: damaged: (Compressed|Error|CRC)"):
+            list(training.rows_of(str(tmp_path / f"{name}.jsonl.gz")))
+    (tmp_path / "f.csv").write_text('instruction,output\nq,"no end\nq2,a2\n')
+    with pytest.raises(ValueError, match="f.csv: damaged: unexpected end of data"):
+        list(training.rows_of(str(tmp_path / "f.csv")))
     (tmp_path / "c.csv").write_text("instruction,output\nq,a,surplus\n")
     assert [record for _, record in training.rows_of(str(tmp_path / "c.csv"))] == [
         "more cells than the header has"

@@ -95,21 +95,27 @@ def test_both_formats_learn_from_one_start_and_eos_only_when_kept(tiny_gpt2, tmp
 def test_errors_are_one_line(tiny_gpt2, tmp_path, monkeypatch):
     process = run_script("sft_basics.py", "--max_steps", "0", cwd=tmp_path)
     assert process.returncode == 1
-    assert process.stderr == "error: --max_steps must be 1 or more, --max_length 32 or more\n"
+    assert (
+        process.stderr == "error: --max_steps and --batch_size must be 1 or more, --max_length 32 or more\n"
+    )
     with pytest.raises(SystemExit, match="2"):
         sft.parse_args(["--max_step", "3"])
     line = "^Qwen/Qwen3-4b: We couldn't connect[^\n]* Try --model_name models/Smol"
     with pytest.raises(ValueError, match=line):
-        sft.load_fresh_model(sft.FinetuneConfig())
+        sft.load_for_training("Qwen/Qwen3-4b", 512)
+    with pytest.raises(ValueError, match="it has 1024 positions, --max_length is 1025. Try --model_name"):
+        sft.load_for_training(str(tiny_gpt2), 1025)
+    with pytest.raises(ValueError, match="the training ran away, try a smaller --learning_rate"):
+        run(tmp_path, tiny_gpt2, "--max_steps", "6", "--learning_rate", "1e6", "--instruction_mode")
     shutil.copytree(tiny_gpt2, tmp_path, dirs_exist_ok=True)
     os.truncate(tmp_path / "model.safetensors", 5000)
     with pytest.raises(ValueError, match="^/[^\n]*(header|metadata)[^\n]* Try --model_name"):
-        sft.load_fresh_model(sft.FinetuneConfig(str(tmp_path)))
+        sft.load_for_training(str(tmp_path), 512)
     (tmp_path / "model.safetensors").unlink()  # the check of the memory comes first
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 2**20}))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="training takes 0.0 GiB, 0.0 GiB are free. Try --model_name"):
-        sft.load_fresh_model(sft.FinetuneConfig(str(tmp_path)))
+        sft.load_for_training(str(tmp_path), 512)
 
 
 @pytest.mark.real

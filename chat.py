@@ -105,7 +105,7 @@ def load_model(name: str):
     adapter, record = Path(name, "adapter_config.json"), Path(name, "finetune_config.json")
     if adapter.is_file():
         options["revision"] = json.loads(adapter.read_text(encoding="utf-8")).get("revision") or "main"
-        run = json.loads(record.read_text(encoding="utf-8"))["settings"] if record.is_file() else {}
+        run = json.loads(record.read_text(encoding="utf-8")).get("settings", {}) if record.is_file() else {}
     if run.get("load_in_4bit"):
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)

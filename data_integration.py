@@ -111,8 +111,8 @@ def read_and_convert(name: str, source: str, config: Config) -> tuple[list[bytes
     """(good rows as lines of JSON, rejects) of a source; from data/parts/ if it was read before."""
     files = filter(Path.is_file, (Path(__file__), Path(source), *sorted(Path(source).rglob("*"))))
     state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    state = hashlib.sha256(ascii((state, config)).encode()).hexdigest()
-    part = Path(config.parts_dir, f"{name}-{state[:16]}.jsonl")
+    state += [source, config.format, config.system, config.total_samples, bool(config.input)]
+    part = Path(config.parts_dir, f"{name}-{hashlib.sha256(ascii(state).encode()).hexdigest()[:16]}.jsonl")
     if not part.exists():
         good, bad, local = [], [], Path(source).exists()
         label = {} if config.input else {"source": Path(source).name if local else source}

@@ -16,6 +16,7 @@ tokens that end an answer, and whether the base was in 4 bits. For a conversatio
 
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -104,7 +105,7 @@ def load_model(name: str):
     adapter, record = Path(name, "adapter_config.json"), Path(name, "finetune_config.json")
     if adapter.is_file():
         options["revision"] = json.loads(adapter.read_text(encoding="utf-8")).get("revision") or "main"
-        run = json.loads(record.read_text(encoding="utf-8"))["settings"] if record.is_file() else {}
+        run = json.loads(record.read_text(encoding="utf-8")).get("settings", {}) if record.is_file() else {}
     if run.get("load_in_4bit"):
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
@@ -183,11 +184,11 @@ def answer_file(config: Config, model, tokenizer) -> None:
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"{config.input_file}:{n}: no question: {error}") from None
     partial, whole = (Path(f"{config.output_file}.{word}") for word in ("partial", "whole"))
-    if partial.is_file():  # a kill may have cut its last line
+    if partial.is_file():
+        os.truncate(partial, partial.read_bytes().rfind(b"\n") + 1)  # a kill may have cut its last line
         done = dict(map(json.loads, partial.read_text(encoding="utf-8").split("\n")[:-1]))
     waiting = sorted(prompts.keys() - done.keys(), key=lambda key: (-len(prompts[key]), key))
-    with open(partial, "w", encoding="utf-8", buffering=1) as file:  # each line at once
-        file.writelines(json.dumps(pair) + "\n" for pair in done.items())
+    with open(partial, "a", encoding="utf-8", buffering=1) as file:  # each line at once
         for start in tqdm(range(0, len(waiting), config.batch_size), desc="batches", disable=None):
             keys = waiting[start : start + config.batch_size]
             answers = answers_to([prompts[key] for key in keys], config, model, tokenizer)

@@ -1000,8 +1000,8 @@ def trainer_class() -> type:
             return sum(entropy(part.float(), wanted) for part, wanted in parts) / count
 
         def training_step(self, model, inputs, *args):
-            """Forward and backward. Raises ValueError, before the optimiser steps, where loss or gradient are
-            not finite (float16's scaler skips such gradients). After SIGTERM this step is the last."""
+            """Forward and backward; after SIGTERM the last. Raises ValueError, before the optimiser steps,
+            where loss or gradient are not finite (float16's scaler and DeepSpeed skip such a step)."""
             loss = super().training_step(model, inputs, *args)
             grads = [p.grad for p in model.parameters() if p.grad is not None and not self.args.fp16]
             if not torch.stack([part.isfinite().all() for part in (loss, *grads)]).all():

@@ -270,10 +270,10 @@ def from_json(text: str):
     """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
 
     def each_key_once(pairs: list[tuple[str, object]]) -> dict:
-        names = [name for name, _ in pairs]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"the key {twice[0]!r} stands twice in {str(pairs)[:80]}")
-        return dict(pairs)
+        if len(found := dict(pairs)) < len(pairs):
+            twice = max(found, key=[name for name, _ in pairs].count)
+            raise ValueError(f"the key {twice!r} stands twice in {str(pairs)[:80]}")
+        return found
 
     try:
         return json.loads(text, object_pairs_hook=each_key_once)

@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import unicodedata
+import warnings
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 from difflib import SequenceMatcher
@@ -31,7 +32,7 @@ from types import SimpleNamespace
 
 # Runs of Chinese; and what else stands without spaces: kana, Thai, Lao, Tibetan, Burmese, Khmer, emoji.
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
-ALONE = re.compile("[\u3040-\u30ff\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\U0001f000-\U0001faff]")
+ALONE = re.compile("[\u3040-\u30ff\u0e00-\u109f\u1780-\u17ff\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # could steer a terminal; unlike line breaks and tabs
 NO_ANSWER = "the assistant says nothing"
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "tool": "tool"}
@@ -74,6 +75,8 @@ class Config:
         for name in ("limit", "max_seq_length", "batch_size", "max_new_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} is {value}; it must be 1 or more")
+        if not 0 < self.eval_ratio <= 1:
+            raise ValueError(f"--eval_ratio is {self.eval_ratio}; it is a share, above 0 and up to 1")
 
 
 # Same in: chat.py, data_integration.py, data_set_generation.py, evaluate.py, inference.py, merge_model.py
@@ -99,11 +102,13 @@ def main(config: Config) -> None:
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     model.generation_config = type(model.generation_config)(eos_token_id=ends)  # greedy, without penalties
-    rows = usable(rows, partial(with_ids, tokenizer, ends, config.max_seq_length), config.skip_bad_rows)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = min(config.max_seq_length, positions)
+    rows = usable(rows, partial(with_ids, tokenizer, ends, limit), config.skip_bad_rows)
     sides, predictions = {}, [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
     for side, prefix in [("model", ""), ("base", "base_")][: 1 + config.compare_base]:
         if side == "base":
-            model.disable_adapters()  # the base comes last: enable_adapters forgets modules_to_save
+            model.base_model.disable_adapter_layers()
         loss = mean_loss(model, [example for row in rows for example in row["examples"]])
         answers = answer_all(model, tokenizer, [row["prompt_ids"] for row in rows], side, file, config)
         values, scores = judge(answers, predictions, tokenizer, config, library)
@@ -132,13 +137,18 @@ def rows_to_judge(config: Config) -> tuple[list[dict], dict]:
     trained = run.get("dataset", {}).get("path", "")
     source = config.dataset_path or trained
     own = Path(source).resolve() == Path(trained).resolve()  # the file that was trained on
-    stored, listed = (Path(run.get(name, "-")) for name in ("held_out", "trained_on"))
+    stored, listed = (Path(run.get(name) or os.devnull) for name in ("held_out", "trained_on"))
+    sha256 = hashlib.sha256(stored.read_bytes()).hexdigest() if stored.is_file() else ""
+    if sha256 and sha256 != run.get("held_out_sha256", sha256):  # a later run wrote both files
+        print(f"{stored} is of another run than {config.model}, and not used", file=sys.stderr)
+        stored = listed = Path(os.devnull)
     if own and stored.is_file():
         rows = chosen = read_rows(str(stored), config.skip_bad_rows)
         facts, told = {"path": str(stored)}, "as training stored them, whatever --eval_ratio and --seed say"
     else:
         used = set(listed.read_text(encoding="utf-8").split()) if listed.is_file() else set()
-        rows = read_rows(source, config.skip_bad_rows)
+        rows = read_rows(source, config.skip_bad_rows)  # whose ids, if any, may be another tokenizer's
+        rows = {text: row | {"examples": []} for text, row in rows.items()}
         chosen = [text for text in rows if hashlib.sha256(text.encode()).hexdigest()[:16] not in used]
         facts = {"path": source, "rows": len(rows), "trained_on": len(rows) - len(chosen)}
         if chosen and config.eval_ratio != 1 and not (own and used):
@@ -153,14 +163,15 @@ def rows_to_judge(config: Config) -> tuple[list[dict], dict]:
 
 def read_rows(path: str, skip: bool) -> dict[str, dict]:
     """Rows of a file by their messages and tools as JSON text, of which training keeps digests."""
-    if not path.endswith((".jsonl", ".json")):
+    if not path.lower().endswith((".jsonl", ".json")):
         raise ValueError(f"rows to judge by: {path!r} is no .jsonl or .json file; pass a --dataset_path")
-    text, rows = Path(path).read_text(encoding="utf-8-sig"), {}
-    parts = [text] if text.lstrip().startswith("[") else text.split("\n")
-    records = [from_json(part) if part.strip() else ... for part in parts]
-    if isinstance(records[0], list):
-        records = records[0]
-    lines = [{"where": f"{path}:{n}", "record": row} for n, row in enumerate(records, 1) if row is not ...]
+    text, rows = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape"), {}
+    sign, records = ":", [from_json(line) if line.strip() else ... for line in text.split("\n")]
+    if path.lower().endswith(".json") and text.lstrip().startswith("["):
+        sign, records = ", row ", from_json(text)
+        if isinstance(records, str):  # nobody knows how many rows were lost
+            raise ValueError(f"{path}: {records}")
+    lines = [{"where": f"{path}{sign}{n}", "record": r} for n, r in enumerate(records, 1) if r is not ...]
     for row in usable(lines, row_of, skip):
         rows.setdefault(row["text"], row | {"examples": []})["examples"] += row["examples"]
     return rows
@@ -198,10 +209,10 @@ def from_json(text: str):
     """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
 
     def each_key_once(pairs: list[tuple[str, object]]) -> dict:
-        names = [name for name, _ in pairs]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"the key {twice[0]!r} stands twice in {str(pairs)[:80]}")
-        return dict(pairs)
+        if len(found := dict(pairs)) < len(pairs):
+            twice = max(found, key=[name for name, _ in pairs].count)
+            raise ValueError(f"the key {twice!r} stands twice in {str(pairs)[:80]}")
+        return found
 
     try:
         return json.loads(text, object_pairs_hook=each_key_once)
@@ -215,7 +226,7 @@ def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
     if not isinstance(record, dict):
         raise ValueError(f"no JSON object: {str(record)[:200]}")
     if not (turns := objects(record, "messages", "conversations")):
-        parts = text_of(record, "instruction", "prompt"), text_of(record, "input")
+        parts = text_of(record, "instruction", "prompt"), text_of(record, "input", "context")
         last = ["\n补充信息：".join(filter(None, parts)), text_of(record, "output", "response", "completion")]
         if not any(last):
             raise ValueError(f"unknown shape with keys {sorted(map(str, record))}")
@@ -223,7 +234,9 @@ def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
             if len(pair) != 2:
                 raise ValueError("history is no list of pairs, question and answer")
             turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    if unread := [key for item in (record, *turns) for key in NOT_READ if item.get(key)]:
+    unread = [key for item in (record, *turns) for key in NOT_READ if item.get(key)]
+    unread += [key for key in ("weight", "train", "loss", "label") if record.get(key) in (0,)]  # of all of it
+    if unread:
         raise ValueError(f"{unread[0]!r} holds what can not be trained on here")
     messages = [message_of(turn) for turn in turns]
     told = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
@@ -245,7 +258,8 @@ def message_of(turn: dict) -> dict:
     if role is None or weight not in (None, 0, 1):
         raise ValueError(f"role {name!r} or weight {weight!r} is none of {', '.join(ROLES)}; 0, 1")
     if role == "call":  # ShareGPT: the text of the turn is the call
-        role, turn = "assistant", {"tool_calls": either(turn, "content", "value")}
+        call = either(turn, "content", "value")
+        role, turn = "assistant", turn | {"content": None, "value": None, "tool_calls": call}
     message = {"role": role, "content": text_of(turn, "content", "value")}
     more = {"tool_calls": [call_of(call) for call in objects(turn, "tool_calls", "function_call")]}
     more |= {"reasoning_content": text_of(turn, "reasoning_content", "reasoning", "thinking")}
@@ -278,11 +292,12 @@ def either(item: dict, *names: str):
 # Same in: evaluate.py, qwen_finetuning.py
 def text_of(item: dict, *names: str) -> str:
     """`either` as text; a list of text parts is joined. ValueError for anything else."""
-    value = either(item, *names)
+    if (value := either(item, *names)) is None:
+        return ""
     try:
-        return value if isinstance(value, str) else "".join(part["text"] for part in value or [])
+        return value if isinstance(value, str) else "".join(part["text"] for part in value)
     except (TypeError, KeyError):
-        raise ValueError(f"{names[0]} is no text, nor a list of text parts: {str(value)[:80]}") from None
+        raise ValueError(f"{'/'.join(names)} is no text, nor a list of text parts: {value!r:.80}") from None
 
 
 # Same in: evaluate.py, qwen_finetuning.py
@@ -301,23 +316,27 @@ def load_model(name: str):
     """(model, tokenizer) of an adapter folder, a model folder or a hub id. An adapter comes on its base, in 4
     bits where the training had it so: it learnt to correct those weights."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its notes come with its import
+    import peft
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("error", message="Found missing adapter keys")  # half an adapter is none
     cpu, dtype = torch.cpu.get_capabilities(), torch.float32
     dtype = torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else dtype
     if torch.cuda.is_available():
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    options, run = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, {}
-    adapter, record = Path(name, "adapter_config.json"), Path(name, "finetune_config.json")
-    if adapter.is_file():
-        options["revision"] = json.loads(adapter.read_text(encoding="utf-8")).get("revision") or "main"
+    options, run, source = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, {}, name
+    if adapter := Path(name, "adapter_config.json").is_file():
+        own, record = peft.PeftConfig.from_pretrained(name), Path(name, "finetune_config.json")
+        source, options["revision"] = own.base_model_name_or_path, own.revision
         run = json.loads(record.read_text(encoding="utf-8")).get("settings", {}) if record.is_file() else {}
     if run.get("load_in_4bit"):
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+    if adapter:  # by PEFT, in the types that are stored: transformers 5.23 loses DoRA's magnitudes
+        model = peft.PeftModel.from_pretrained(model, name, autocast_adapter_dtype=False)
     for module in model.modules() if run.get("use_dora") else []:
         module.support_avx512bf16_for_cpu = False  # else bitsandbytes repacks weights, which DoRA reads
     if Path(name, "generation_config.json").is_file():  # an adapter's own is not loaded by itself
@@ -328,11 +347,16 @@ def load_model(name: str):
 
 def with_ids(tokenizer, ends: list[int], limit: int, row: dict) -> dict:
     """What a row is judged by; where no example is stored, it is the last answer's, cut at `limit`."""
-    turns, options = row["messages"][:-1], {"sanitize_control_tokens": True, "return_dict": False}
-    chat = partial(tokenizer.apply_chat_template, tools=row["tools"] or None, **options)
-    prompt_ids, ids = chat(turns, add_generation_prompt=True), chat(row["messages"])
+    *turns, last = row["messages"]
+    options = {"tools": row["tools"] or None, "sanitize_control_tokens": True, "return_dict": False}
+    chat = partial(tokenizer.apply_chat_template, **options)
+    prompt_ids = chat(turns, add_generation_prompt=True)
+    ids = chat([*turns, last | {"content": last["content"].lstrip()}])  # as in training
     start = len(os.path.commonprefix([prompt_ids, ids]))
-    end = next((i for i in range(start, len(ids)) if ids[i] in ends), len(ids) - 1) + 1
+    if start < len(prompt_ids) and start < len(os.path.commonprefix([prompt_ids, chat(turns)])):
+        raise ValueError("the chat template writes earlier turns otherwise once this answer follows")
+    end = next((i for i in range(start, len(ids)) if ids[i] in ends), len(ids)) + 1
+    ids += [tokenizer.eos_token_id] * (end - len(ids))  # as in training, where a template writes no end
     labels = [-100] * start + ids[start:end] + [-100] * (len(ids) - end)
     examples = row["examples"] or [{"input_ids": ids[:limit], "labels": labels[:limit]}]
     # a whole example ends with the end of a turn, and white space perhaps
@@ -365,9 +389,9 @@ def answer_all(model, tokenizer, prompts: list, side: str, file: Path, config: C
     """[text, why it stopped] for each prompt (token ids); `file` keeps them, and gives earlier ones."""
     from tqdm import tqdm
 
-    kept = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []  # the last line may be cut
-    file.write_bytes(b"".join(line + b"\n" for line in kept))
-    done = {asked: answer for asked, *answer in map(json.loads, kept)}
+    file.touch()
+    os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # a kill may have cut the last line
+    done = {asked: answer for asked, *answer in map(json.loads, file.read_bytes().splitlines())}
     # an answer's key is all that it depends on: what was answered under other settings does not count
     weights = [path.stat().st_mtime_ns for path in sorted(Path(config.model).glob("*.safetensors"))]
     keys = [json.dumps([side, config.model, weights, config.max_new_tokens, ids]) for ids in prompts]
@@ -427,7 +451,7 @@ def judge(answers, rows: list[dict], tokenizer, config: Config, library: dict) -
     if config.bleu:
         from sacrebleu.metrics import BLEU
 
-        metric = BLEU(tokenize="zh" if any(map(HAN.search, references)) else "13a")
+        metric = BLEU(tokenize="zh" if any(map(HAN.search, references)) else "13a", effective_order=True)
         spaced = [[ALONE.sub(r" \g<0> ", text) for text in side] for side in (texts, references)]
         score = metric.corpus_score(spaced[0], spaced[1:], n_bootstrap=1000)
         interval = [max(0.0, score._mean - score._ci), min(100.0, score._mean + score._ci)]
@@ -493,9 +517,9 @@ def write_results(config: Config, source: dict, sides: dict, rows: list, predict
     facts = {"model": config.model, "dataset": source | {"evaluated": len(rows)}} | sides.pop("model") | sides
     text = json.dumps(facts, ensure_ascii=False, indent=2)
     for name, content in {"report.html": page, "predictions.jsonl": lines, "metrics.json": text}.items():
-        partial = Path(config.output_dir, name + ".partial")  # so that none is ever half written
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, Path(config.output_dir, name))
+        beside = Path(config.output_dir, name + ".partial")  # so that none is ever half written
+        beside.write_text(content, encoding="utf-8")
+        os.replace(beside, Path(config.output_dir, name))
 
 
 def shown(value: object) -> str:
@@ -510,7 +534,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
-    except (ImportError, OSError, ValueError) as error:  # a person's mistake; a bug keeps its traceback
+    except (ImportError, OSError, ValueError, UserWarning) as error:  # a bug keeps its traceback
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

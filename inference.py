@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -93,23 +94,27 @@ def load_model(name: str):
     """(model, tokenizer) of an adapter folder, a model folder or a hub id. An adapter comes on its base, in 4
     bits where the training had it so: it learnt to correct those weights."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its notes come with its import
+    import peft
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("error", message="Found missing adapter keys")  # half an adapter is none
     cpu, dtype = torch.cpu.get_capabilities(), torch.float32
     dtype = torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else dtype
     if torch.cuda.is_available():
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    options, run = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, {}
-    adapter, record = Path(name, "adapter_config.json"), Path(name, "finetune_config.json")
-    if adapter.is_file():
-        options["revision"] = json.loads(adapter.read_text(encoding="utf-8")).get("revision") or "main"
+    options, run, source = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, {}, name
+    if adapter := Path(name, "adapter_config.json").is_file():
+        own, record = peft.PeftConfig.from_pretrained(name), Path(name, "finetune_config.json")
+        source, options["revision"] = own.base_model_name_or_path, own.revision
         run = json.loads(record.read_text(encoding="utf-8")).get("settings", {}) if record.is_file() else {}
     if run.get("load_in_4bit"):
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+    if adapter:  # by PEFT, in the types that are stored: transformers 5.23 loses DoRA's magnitudes
+        model = peft.PeftModel.from_pretrained(model, name, autocast_adapter_dtype=False)
     for module in model.modules() if run.get("use_dora") else []:
         module.support_avx512bf16_for_cpu = False  # else bitsandbytes repacks weights, which DoRA reads
     if Path(name, "generation_config.json").is_file():  # an adapter's own is not loaded by itself
@@ -206,7 +211,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and goes on
     try:
         main(parse_args())
-    except (OSError, ValueError) as error:  # a person's mistake or a file's; a bug keeps its traceback
+    except (OSError, ValueError, UserWarning) as error:  # a person's mistake; a bug keeps its traceback
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

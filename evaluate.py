@@ -140,8 +140,9 @@ def rows_to_judge(config: Config) -> tuple[list[dict], dict]:
     stored, listed = (Path(run.get(name) or os.devnull) for name in ("held_out", "trained_on"))
     sha256 = hashlib.sha256(stored.read_bytes()).hexdigest() if stored.is_file() else ""
     if sha256 and sha256 != run.get("held_out_sha256", sha256):  # a later run wrote both files
-        print(f"{stored} is of another run than {config.model}, and not used", file=sys.stderr)
-        stored = listed = Path(os.devnull)
+        if own:
+            raise ValueError(f"{stored} is of another run than {config.model}: pass a --dataset_path")
+        listed = Path(os.devnull)
     if own and stored.is_file():
         rows = chosen = read_rows(str(stored), config.skip_bad_rows)
         facts, told = {"path": str(stored)}, "as training stored them, whatever --eval_ratio and --seed say"
@@ -355,8 +356,12 @@ def with_ids(tokenizer, ends: list[int], limit: int, row: dict) -> dict:
     start = len(os.path.commonprefix([prompt_ids, ids]))
     if start < len(prompt_ids) and start < len(os.path.commonprefix([prompt_ids, chat(turns)])):
         raise ValueError("the chat template writes earlier turns otherwise once this answer follows")
-    end = next((i for i in range(start, len(ids)) if ids[i] in ends), len(ids)) + 1
-    ids += [tokenizer.eos_token_id] * (end - len(ids))  # as in training, where a template writes no end
+    end = next((i for i in range(start, len(ids)) if ids[i] in ends), None)
+    if end is None:  # as in training, where a template writes no end
+        while not tokenizer.decode(ids[-1]).strip():
+            ids.pop()
+        end, ids = len(ids), [*ids, tokenizer.eos_token_id]
+    end += 1
     labels = [-100] * start + ids[start:end] + [-100] * (len(ids) - end)
     examples = row["examples"] or [{"input_ids": ids[:limit], "labels": labels[:limit]}]
     # a whole example ends with the end of a turn, and white space perhaps

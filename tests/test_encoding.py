@@ -96,7 +96,7 @@ def test_supervised_text_on_every_template(name):
 
 
 def test_known_edges():
-    tokenizer = build_tokenizer(CHATML)
+    tokenizer, qwen3 = build_tokenizer(CHATML), tokenizer_for(templates()["qwen3"])
     [example], _ = training.encode([turn("user", "q"), turn("assistant", "\n\n  spaced  \n")], tokenizer)
     assert supervised([example], tokenizer) == ["spaced  \n<|im_end|>"]
 
@@ -119,6 +119,15 @@ def test_known_edges():
             "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         )
         training.encode([turn("system", "s"), turn("user", "q"), turn("assistant", "a")], refusing)
+    with pytest.raises(ValueError, match="writes earlier turns otherwise once this answer follows"):
+        training.encode([turn("user", "q"), turn("assistant", "a1"), turn("assistant", "a2")], qwen3)
+    for content, thought, words in (
+        ("Hello <think>x</think>a", "", "'Hello' before"),
+        ("<think>x</think>a", "y", ""),
+    ):
+        with pytest.raises(ValueError, match=words or "say different things"):
+            said = turn("assistant", content, reasoning_content=thought)
+            training.encode([turn("user", "q"), said], qwen3)
     with pytest.raises(ValueError, match="does not write the answer 'a secret'"):
         shy = build_tokenizer(CHATML.replace("{{ message.content }}", "{{ message.content[:3] }}"))
         training.encode([turn("user", "q"), turn("assistant", "a secret")], shy)
@@ -126,6 +135,13 @@ def test_known_edges():
 
 def test_loss_only_where_it_is_wanted():
     tokenizer = build_tokenizer(CHATML)
+    examples, counts = training.encode(TALKS["turns"], tokenizer)
+    ends = [i for i, label in enumerate(examples[0]["labels"]) if label == tokenizer.eos_token_id]
+    for limit, cut in ((ends[1] + 1, 0), (ends[1], 1), (ends[0], 2)):  # each answer that lost its end
+        config = training.FinetuneConfig(max_seq_length=limit)
+        counts = training.Counter()
+        training.cut_examples(examples, counts, set(), config)
+        assert counts["answers_cut"] == cut
     talk = [turn("user", "q1"), turn("assistant", "a1", weight=0), *TALKS["turns"], turn("user", "q3")]
     examples, counts = training.encode(talk, tokenizer)
     assert supervised(examples, tokenizer) == ["a1<|im_end|>a2<|im_end|>"]

@@ -214,6 +214,11 @@ def test_rows_that_were_trained_on_are_left_out_of_another_file(run, tiny_adapte
     (model / "finetune_config.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(ValueError, match="no row is left to judge by"):
         run(model=model)
+    (tmp_path / "trained_on.txt").write_text("\n".join(digests))
+    (model / "finetune_config.json").write_text(json.dumps(record | {"held_out_sha256": "other"}))
+    with pytest.raises(ValueError, match="nothing.jsonl is of another run than .*: pass a --dataset_path"):
+        run(model=model)
+    assert "10 of 10 rows of test.jsonl: no list of those trained on" in run(*flags, model=model)[2]
 
 
 def judged(evaluate, tokenizer, **record) -> dict:
@@ -229,15 +234,28 @@ def test_the_last_answer_is_labelled_as_in_training(evaluate):
     [wanted], _ = load_script("qwen_finetuning").encode(talk, tokenizer)
     assert row["examples"] == [wanted] and not row["cut"]
     assert judged(evaluate, tokenizer, messages=talk, **wanted) == row  # as training stores it
+    for template in (
+        CHATML,
+        CHATML.replace("<|im_end|>", ""),
+    ):  # an answer that begins with a line break; no end
+        tokenizer, talk[1]["content"] = build_tokenizer(template), "\n\nThe lamp"
+        [wanted], _ = load_script("qwen_finetuning").encode(talk, tokenizer)
+        row = judged(evaluate, tokenizer, messages=talk)
+        assert row["examples"] == [wanted] and not row["cut"]
+    tokenizer.chat_template = CHATML.replace("{{ message.content }}", "{{ messages[-1].content }}")
+    with pytest.raises(ValueError, match="writes earlier turns otherwise once this answer follows"):
+        judged(evaluate, tokenizer, messages=talk)
 
 
 def test_without_stored_rows_the_split_is_the_trainings(evaluate, tiny_qwen2, tmp_path):
     from datasets import Dataset
 
-    rows = [{"instruction": f"q{n}", "output": "a"} for n in range(40)]
+    rows = [{"instruction": f"q{n}", "output": "a", "input_ids": [9], "labels": [9]} for n in range(40)]
     (tmp_path / "rows.json").write_text(json.dumps(rows + rows[:10]), encoding="utf-8")
     config = evaluate.Config(model=str(tiny_qwen2), dataset_path=str(tmp_path / "rows.json"))
-    chosen = [row["messages"][0]["content"] for row in evaluate.rows_to_judge(config)[0]]
+    found = evaluate.rows_to_judge(config)[0]
+    assert not any(row["examples"] for row in found)  # ids of another file are another tokenizer's, perhaps
+    chosen = [row["messages"][0]["content"] for row in found]
     wanted = Dataset.from_list(rows).train_test_split(0.1, seed=42)["test"]["instruction"]
     assert chosen == list(wanted) and len(chosen) == 4
 

@@ -453,6 +453,11 @@ def test_what_can_not_work_is_said_before_training(tmp_path, tiny_qwen2, tiny_gp
         train(monkeypatch, tmp_path, small, "--max_seq_length", "512")
     with pytest.raises(ValueError, match="its tokenizer has no chat template, or no EOS; --template_path"):
         train(monkeypatch, tmp_path, tiny_gpt2)
+    for flag in ("--max_seq_length=-1", "--per_device_train_batch_size=0", "--learning_rate=nan"):
+        with pytest.raises(ValueError, match="above 0: --lora_r, --max_seq_length"):
+            train(monkeypatch, tmp_path, tiny_qwen2, flag)
+    with pytest.raises(ValueError, match="0 or more: --warmup_steps"):
+        train(monkeypatch, tmp_path, tiny_qwen2, "--show_answers=-1")
     zero = ("--max_seq_length", "512", "--deepspeed", ROOT / "configs/deepspeed/ds_config.json")
     with pytest.raises(ValueError, match="deepspeed is not installed; its version stands in requirements"):
         train(monkeypatch, tmp_path, tiny_qwen2, *zero)
@@ -480,6 +485,7 @@ def test_what_can_not_work_is_said_before_training(tmp_path, tiny_qwen2, tiny_gp
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("load_in_4bit: [[true]]", "a.yaml:1: load_in_4bit is set twice, or holds a section or lists"),
         ("lora_rank: 8", "a.yaml:1: unknown setting 'lora_rank'; the nearest known one is 'lora"),
         ("lora:\n  r: 8\nlora_r: 4", "a.yaml:3: lora_r is set twice"),
         ("lora: {r: {x: 1}}", "a.yaml:1: lora_r is set twice, or holds a section"),
@@ -494,7 +500,9 @@ def test_mistakes_in_a_yaml_file_get_one_line(tmp_path, text, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["overlong: explode", "lora_r: [1, 2]", "lora_r: many", "packing: maybe"])
+@pytest.mark.parametrize(
+    "text", ["overlong: explode", "lora_r: [1, 2]", "lora_r: many", "packing: [true, false]"]
+)
 def test_what_a_flag_can_not_be_a_yaml_file_can_not_say(tmp_path, text, capsys):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(SystemExit) as end:

@@ -75,6 +75,10 @@ USED = {
         {"instruction": "q", "output": "a", "history": '[["p", "b"]]'},
         [NO_THOUGHT + "b<|im_end|>", NO_THOUGHT + "a<|im_end|>"],
     ),
+    "context": (  # Dolly
+        {"instruction": "q", "context": "c", "response": "a", "label": True},
+        [NO_THOUGHT + "a<|im_end|>"],
+    ),
     "prompt and completion": ({"prompt": "q", "completion": "a"}, [NO_THOUGHT + "a<|im_end|>"]),
     "conversations with role": ({"conversations": PAIR}, [NO_THOUGHT + "a<|im_end|>"]),
     "messages with from": (
@@ -123,6 +127,9 @@ REFUSED = {
     "no JSON object: .*the key 'role' stands twice in": training.from_json(
         '{"messages": [{"role": "user", "role": "x"}]}'
     ),
+    "'label' holds": {"prompt": "q", "completion": "bad", "label": False},
+    "'weight' holds": {"instruction": "q", "output": "a", "weight": 0},
+    "output/response/completion is no text": {"instruction": "q", "output": 0},
     "unknown shape with keys": {"question": "q", "answer": "a"},
     "output and response and completion say different things": {
         "instruction": "q",

@@ -480,9 +480,8 @@ def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
             if len(pair) != 2:
                 raise ValueError("history is no list of pairs, question and answer")
             turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    unread = [key for item in (record, *turns) for key in NOT_READ if item.get(key)]
-    unread += [key for key in ("weight", "train", "loss", "label") if record.get(key) in (0,)]  # of all of it
-    if unread:
+    unwanted = [key for key in ("weight", "train", "loss", "label") if record.get(key) in (0,)]  # the whole
+    if unread := unwanted + [key for item in (record, *turns) for key in NOT_READ if item.get(key)]:
         raise ValueError(f"{unread[0]!r} holds what can not be trained on here")
     messages = [message_of(turn) for turn in turns]
     told = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
@@ -501,13 +500,12 @@ def message_of(turn: dict) -> dict:
     """A turn as role and content; an assistant's may have tool_calls, reasoning_content, weight 0."""
     name, weight = either(turn, "role", "from"), either(turn, "weight", "train", "loss")
     role = ROLES.get(str(name).lower())
-    if role is None or weight not in (None, 0, 1):
+    if role is None or weight not in ("", 0, 1):
         raise ValueError(f"role {name!r} or weight {weight!r} is none of {', '.join(ROLES)}; 0, 1")
-    if role == "call":  # ShareGPT: the text of the turn is the call
-        call = either(turn, "content", "value")
-        role, turn = "assistant", turn | {"content": None, "value": None, "tool_calls": call}
-    message = {"role": role, "content": text_of(turn, "content", "value")}
-    more = {"tool_calls": [call_of(call) for call in objects(turn, "tool_calls", "function_call")]}
+    called = role == "call"  # ShareGPT: the text of the turn is the call
+    role, keys = ("assistant", ("content", "value")) if called else (role, ("tool_calls", "function_call"))
+    message = {"role": role, "content": "" if called else text_of(turn, "content", "value")}
+    more = {"tool_calls": [call_of(call) for call in objects(turn, *keys)]}
     more |= {"reasoning_content": text_of(turn, "reasoning_content", "reasoning", "thinking")}
     more |= {"name": turn.get("name"), "tool_call_id": turn.get("tool_call_id")}
     if role in ("user", "assistant") and not (message["content"] or more["tool_calls"]):
@@ -528,18 +526,17 @@ def call_of(call: dict) -> dict:
 
 # Same in: evaluate.py, qwen_finetuning.py
 def either(item: dict, *names: str):
-    """The value of that key of `names` that says something, or None. ValueError where two differ."""
+    """The value of that key of `names` that says something, or "". ValueError where two differ."""
     said = [value for name in names if (value := item.get(name)) not in (None, [], {}) and str(value).strip()]
     if any(value != said[0] for value in said):
         raise ValueError(f"{' and '.join(names)} say different things")
-    return said[0] if said else None
+    return said[0] if said else ""
 
 
 # Same in: evaluate.py, qwen_finetuning.py
 def text_of(item: dict, *names: str) -> str:
     """`either` as text; a list of text parts is joined. ValueError for anything else."""
-    if (value := either(item, *names)) is None:
-        return ""
+    value = either(item, *names)
     try:
         return value if isinstance(value, str) else "".join(part["text"] for part in value)
     except (TypeError, KeyError):
@@ -604,7 +601,7 @@ def thought_apart(message: dict, template: str) -> dict:
         return message | {"content": message["content"].lstrip()}
     before, _, thought = thought.rpartition("<think>")
     both = {"<think>": thought.strip(), "reasoning_content": message.get("reasoning_content")}
-    thought = either(both, *both) or ""
+    thought = either(both, *both)
     if before.strip():
         raise ValueError(f"the answer says {before.strip()[:60]!r} before its thought")
     return message | {"reasoning_content": thought, "content": answer.lstrip()}
@@ -989,7 +986,7 @@ def rows_stay_apart(trainer) -> bool:
         try:
             with torch.no_grad():
                 logits.append(model(**batch, use_cache=False).logits[0, 8:].float())
-        except ValueError:  # Qwen3.5 and others need causal_conv1d for it
+        except (TypeError, ValueError):  # Qwen3.5 needs causal_conv1d for it, others take no such batch
             return False
     return bool((logits[0] - logits[1]).abs().max() < 0.01 * logits[0].abs().max())
 

@@ -117,7 +117,7 @@ REFUSED = {
     "'images' holds": {"instruction": "q", "output": "a", "images": ["x.png"]},
     "image_url": {"messages": [turn("user", [{"type": "image_url", "image_url": "x"}]), PAIR[1]]},
     "weight 0.5": {"messages": [PAIR[0], turn("assistant", "a", weight=0.5)]},
-    "role 'critic' or weight None is none of": {"messages": [PAIR[0], turn("critic", "a")]},
+    "role 'critic' or weight '' is none of": {"messages": [PAIR[0], turn("critic", "a")]},
     "no JSON object: not JSON: the key 'x' stands twice": training.from_json(
         '{"instruction": "q", "output": {"x": 1, "x": 2}}'
     ),

@@ -93,6 +93,7 @@ def test_same_bytes_parts_and_systems(build, monkeypatch):
     build(
         *flags, "--ratios", "orca=1", "--total_samples", 3, "--seed", 7
     )  # stops before the end of the source
+    assert not list(Path("data/parts").glob("*.new"))
     build(*flags, "--ratios", "orca=1", "--total_samples", 3, "--seed", 7)
     assert len(asked) == 2
 

@@ -340,6 +340,7 @@ def test_english_equals_the_libraries_and_chinese_is_cut_by_jieba(evaluate):
     for kind in ("rouge1", "rouge2", "rougeL"):
         assert values[kind] == pytest.approx(sum(score[kind].fmeasure for score in expected) / 3, abs=1e-15)
     assert order == [score["rougeL"].fmeasure for score in expected]
+    assert scored(evaluate, ["a"], ["a"])[0]["bleu"] == pytest.approx(100)  # also below four words
     found, _ = scored(evaluate, answers, references)
     assert found["bleu"] == corpus_bleu(answers, [references]).score > 0
     chinese = ["大语言模型需要数据和算力。"], ["大语言模型需要很多数据和算力。"]

@@ -58,12 +58,19 @@ def interrupted_if_v2(name, revision, **options):
 
 
 def test_a_foreign_adapter_and_a_plain_model_work(tmp_path, tiny_adapter, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
     foreign = tmp_path / "foreign"  # as PEFT alone leaves it: no record, no tokenizer, no generation settings
     foreign.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tiny_adapter / name, foreign)
     model, tokenizer = inference.load_model(str(foreign))
     assert model.active_adapters and tokenizer.chat_template
+    half = shutil.copytree(tiny_adapter, tmp_path / "half")
+    weights = load_file(half / "adapter_model.safetensors")
+    save_file(dict(list(weights.items())[::2]), half / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(UserWarning, match="Found missing adapter keys"):
+        inference.load_model(str(half))
     settings = json.loads((foreign / "adapter_config.json").read_text()) | {"revision": "v2"}
     (foreign / "adapter_config.json").write_text(json.dumps(settings))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # the base's, as PEFT wrote it

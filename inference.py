@@ -100,8 +100,8 @@ def load_model(name: str):
 
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("error", message="Found missing adapter keys")  # half an adapter is none
-    cpu, dtype = torch.cpu.get_capabilities(), torch.float32
-    dtype = torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else dtype
+    cpu = torch.cpu.get_capabilities()
+    dtype = torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
     if torch.cuda.is_available():
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     options, run, source = {"dtype": dtype, "device_map": "auto", "use_safetensors": True}, {}, name

@@ -162,6 +162,8 @@ class FinetuneConfig:
         best = self.load_best_model_at_end and self.eval_ratio and self.eval_strategy != "no"
         odd = self.save_strategy == "steps" and self.save_steps % max(self.eval_steps, 1)
         apart = self.save_strategy != self.eval_strategy or odd
+        low = [name for name in ABOVE_0 if not getattr(self, name) > 0]  # also where it is no number
+        low += [name for name in FROM_0 if not getattr(self, name) >= 0]
         faults = {
             "--resume and --overwrite exclude each other": self.resume and self.overwrite,
             "--demo and --config exclude each other: it is configs/demo.yaml": self.demo and self.config,
@@ -171,8 +173,7 @@ class FinetuneConfig:
             "--show_answers does not work with --deepspeed": self.show_answers and self.deepspeed,
             "--eval_ratio is a share, from 0 to below 1": not 0 <= self.eval_ratio < 1,
             "--dataset_path is empty": not self.dataset_path,
-            f"above 0: --{', --'.join(ABOVE_0)}": not all(getattr(self, name) > 0 for name in ABOVE_0),
-            f"0 or more: --{', --'.join(FROM_0)}": not all(getattr(self, name) >= 0 for name in FROM_0),
+            f"below what makes sense: --{' --'.join(low)}": low,
             "--output_dir, --model_dir and --tokenizer_dir must be three folders": len(set(folders)) < 3,
         }
         if found := [words for words, wrong in faults.items() if wrong]:

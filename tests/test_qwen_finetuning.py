@@ -453,11 +453,9 @@ def test_what_can_not_work_is_said_before_training(tmp_path, tiny_qwen2, tiny_gp
         train(monkeypatch, tmp_path, small, "--max_seq_length", "512")
     with pytest.raises(ValueError, match="its tokenizer has no chat template, or no EOS; --template_path"):
         train(monkeypatch, tmp_path, tiny_gpt2)
-    for flag in ("--max_seq_length=-1", "--per_device_train_batch_size=0", "--learning_rate=nan"):
-        with pytest.raises(ValueError, match="above 0: --lora_r, --max_seq_length"):
-            train(monkeypatch, tmp_path, tiny_qwen2, flag)
-    with pytest.raises(ValueError, match="0 or more: --warmup_steps"):
-        train(monkeypatch, tmp_path, tiny_qwen2, "--show_answers=-1")
+    for flag in ("max_seq_length=-1", "lora_r=0", "learning_rate=nan", "show_answers=-1"):
+        with pytest.raises(ValueError, match=f"^below what makes sense: --{flag.split('=')[0]}$"):
+            train(monkeypatch, tmp_path, tiny_qwen2, f"--{flag}")
     zero = ("--max_seq_length", "512", "--deepspeed", ROOT / "configs/deepspeed/ds_config.json")
     with pytest.raises(ValueError, match="deepspeed is not installed; its version stands in requirements"):
         train(monkeypatch, tmp_path, tiny_qwen2, *zero)

@@ -235,8 +235,8 @@ def messages_of(record: dict | str) -> tuple[list[dict], list[dict]]:
             if len(pair) != 2:
                 raise ValueError("history is no list of pairs, question and answer")
             turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    unwanted = [key for key in ("weight", "train", "loss", "label") if record.get(key) in (0,)]  # the whole
-    if unread := unwanted + [key for item in (record, *turns) for key in NOT_READ if item.get(key)]:
+    whole = [key for key in ("weight", "train", "loss", "label") if record.get(key) in (0,)]  # 0 or false
+    if unread := whole + [key for item in (record, *turns) for key in NOT_READ if item.get(key)]:
         raise ValueError(f"{unread[0]!r} holds what can not be trained on here")
     messages = [message_of(turn) for turn in turns]
     told = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
